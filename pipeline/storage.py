@@ -1,0 +1,83 @@
+"""Where runs live: a local folder or an object store, behind one path type (universal_pathlib.UPath)."""
+
+import json
+import os
+from typing import Any
+
+from upath import UPath
+
+from pipeline.config import Config, ConfigError
+
+
+def storage_root(config: Config) -> UPath:
+    """`run.storage` as an absolute path; ConfigError if it cannot be written."""
+    text = config.run.storage
+    root = UPath(text) if "://" in text else UPath(os.path.abspath(os.path.expanduser(text)))
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        probe = root / f".probe-{os.getpid()}"
+        write_atomic(probe, b"longlora")
+        if probe.read_bytes() != b"longlora":
+            raise OSError("what was written does not read back")
+        probe.unlink()
+    except (OSError, ImportError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(
+            f"run.storage = {text!r}: cannot be written ({reason}); give a writable folder or URI"
+        ) from None
+    return root
+
+
+def run_folder(config: Config) -> UPath:
+    """`<run.storage>/<run.name>`."""
+    return storage_root(config) / config.run.name
+
+
+def is_local(path: UPath) -> bool:
+    return getattr(path, "protocol", "") in ("", "file", "local")
+
+
+def write_atomic(path: UPath, data: bytes) -> None:
+    """All of `data` at `path`, durably, or nothing: a reader never sees a part of it.
+
+    Local: temporary file, fsync, rename, fsync of the folder. Object stores: a put is atomic already.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not is_local(path):
+        path.write_bytes(data)
+        return
+    temporary = f"{path}.tmp-{os.getpid()}"
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, str(path))
+    except OSError:
+        if os.path.exists(temporary):
+            os.unlink(temporary)
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: UPath) -> None:
+    """Makes renames and new names in a local folder durable; object stores need nothing."""
+    if is_local(folder):
+        descriptor = os.open(str(folder), os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def write_json(path: UPath, value: Any) -> None:
+    write_atomic(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def read_json(path: UPath) -> Any:
+    return json.loads(path.read_bytes())
+
+
+def remove_tree(folder: UPath) -> None:
+    """Deletes a folder and what is in it."""
+    folder.fs.rm(folder.path, recursive=True)
