@@ -1,14 +1,14 @@
 """The typed configuration: one value, one name, one owner.
 
-A run is described by one YAML file plus `section.key=value` overrides. Everything is checked here, before torch or Ray is
-imported; what the resolved file says is what is saved with the run, logged to MLflow and read back on resume.
+A run is described by one YAML file plus `section.key=value` overrides. Everything is checked here, before torch or Ray
+is imported; what the resolved file says is what is saved with the run, logged to MLflow and read back on resume.
 """
 
 import difflib
 import hashlib
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -54,7 +54,7 @@ class Model(Section):
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Type of weights and activations; masters and moments of what is trained are fp32 anyway."""
     sliding_window: Literal["model"] | None = "model"
-    """`model` keeps the window of the base model; null removes it (needed where it is shorter than `context.length`)."""
+    """`model` keeps the base model's window; null removes it (needed where it is shorter than `context.length`)."""
     gradient_checkpointing: bool = True
     """Recompute each layer in the backward pass: a third more time, memory of one layer instead of all."""
 
@@ -251,16 +251,27 @@ class Config(Section):
         sections = self.model_dump(mode="json")
         return {f"{section}.{key}": value for section, values in sections.items() for key, value in values.items()}
 
+    def decisive(self) -> dict[str, Any]:
+        """The settings that decide the result of a training step, by dotted key: a run is resumed with the same.
+
+        Paths are left out: the packs' and the base weights' fingerprints say what they lead to, on any machine.
+        """
+        return {
+            key: value
+            for key, value in self.flat().items()
+            if (key.split(".")[0] in DECISIVE_SECTIONS or key == "run.seed") and key not in PATHS
+        }
+
     def training_hash(self) -> str:
-        """Hash of what decides the result of a training step: a run is resumed with the same or not at all."""
-        decisive = {k: v for k, v in self.flat().items() if k.split(".")[0] in DECISIVE or k == "run.seed"}
-        return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:16]
+        """Hash of the decisive settings."""
+        return hashlib.sha256(json.dumps(self.decisive(), sort_keys=True).encode()).hexdigest()[:16]
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-DECISIVE = {"model", "context", "attention", "adapter", "data", "optimization"}
+DECISIVE_SECTIONS = {"model", "context", "attention", "adapter", "optimization"}
+PATHS = {"model.base", "model.tokenizer", "model.revision"}
 
 
 def load_config(path: str | Path | None = None, overrides: list[str] | None = None) -> Config:
@@ -272,6 +283,15 @@ def load_config(path: str | Path | None = None, overrides: list[str] | None = No
     for override in overrides or []:
         _apply(values, override)
     return parse_config(values)
+
+
+def local_path(text: str) -> str:
+    """A path of a config, made absolute: paths that are not absolute are relative to the repository.
+
+    What does not exist there is returned as it is (a hub name, a URI, or a mistake that its reader reports).
+    """
+    beside = REPOSITORY / text
+    return str(beside) if "://" not in text and (beside.exists() or any(c in text for c in "*?[")) else text
 
 
 def parse_config(values: dict[str, Any]) -> Config:
@@ -344,6 +364,3 @@ def _one_line(error: ValidationError) -> str:
 
 def _known_parts() -> set[str]:
     return {part for key in _known_keys() for part in key.split(".")}
-
-
-ROPE_METHODS: tuple[str, ...] = get_args(RopeMethod)

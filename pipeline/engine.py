@@ -1,0 +1,216 @@
+"""The DeepSpeed engine: one optimizer step over any number of micro-batches, and its state at any world size.
+
+Gradients of a step are Σ over all token losses of all ranks ÷ target tokens of the whole step, so the result depends on
+neither the number of workers nor how a step is cut into micro-batches. ZeRO averages gradients over ranks; the loss is
+scaled by the world size to undo that.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
+)
+from torch import Tensor
+
+from longlora.model import LongContextModel
+from longlora.segments import plan_segments
+from pipeline.config import Config
+from pipeline.feed import MicroBatch
+from pipeline.optimizer import set_learning_rate
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass
+class ParameterState:
+    """A trainable parameter in full: fp32 master and both Adam moments, each of the parameter's shape, on the CPU."""
+
+    master: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What this rank's share of a step gave: the summed loss of each micro-batch, in nats."""
+
+    losses: list[float]
+
+
+def deepspeed_config(config: Config) -> dict[str, Any]:
+    """DeepSpeed's settings; optimizer and schedule are ours, so there is no block for them."""
+    bf16 = config.model.dtype == "bfloat16"
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": config.optimization.max_grad_norm,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "bf16": {"enabled": bf16},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "zero_optimization": {
+            "stage": config.workers.zero_stage,
+            "overlap_comm": torch.cuda.is_available(),
+            "contiguous_gradients": True,
+        },
+    }
+
+
+class TrainingEngine:
+    """A DeepSpeed engine around a LongContextModel, on this rank."""
+
+    def __init__(self, model: LongContextModel, optimizer: torch.optim.Optimizer, config: Config) -> None:
+        self.world_size = dist.get_world_size()
+        self.zero_stage = config.workers.zero_stage
+        self.names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        self.engine, *_ = deepspeed.initialize(
+            model=model,
+            model_parameters=[p for p in model.parameters() if p.requires_grad],
+            optimizer=optimizer,
+            config=deepspeed_config(config),
+            dist_init_required=False,
+        )
+        self.device = self.engine.device
+
+    @property
+    def model(self) -> LongContextModel:
+        return self.engine.module
+
+    def accumulate(self, batches: Sequence[MicroBatch], group_size: int | None, target_tokens: int) -> StepResult:
+        """Forward and backward of this rank's micro-batches; gradients are reduced once, at the end.
+
+        target_tokens: of the whole step, over all ranks. A rank may have fewer micro-batches than another (it is given
+        fillers where collectives must match, see `fill`).
+        """
+        losses = []
+        scale = self.world_size / target_tokens
+        with self.engine.coalesce_grad_reduction():
+            for batch in self._fill(batches):
+                loss = self._loss(batch, group_size)
+                self.engine.backward(loss * scale, scale_wrt_gas=False)
+                losses.append(loss.detach())
+        return StepResult([float(loss) for loss in losses[: len(batches)]])
+
+    def apply(self, rate: float) -> None:
+        """One optimizer step with the accumulated gradients; RuntimeError if DeepSpeed skipped it."""
+        set_learning_rate(self.engine.optimizer.optimizer, rate)
+        self.engine.step()
+        if not self.engine.was_step_applied():
+            raise RuntimeError("DeepSpeed skipped the update: the gradients overflowed")
+
+    @torch.no_grad()
+    def evaluate(self, batches: Sequence[MicroBatch]) -> list[float]:
+        """Summed loss of each micro-batch with full attention inside each document, in nats."""
+        self.engine.eval()
+        losses = [float(self._loss(batch, None)) for batch in self._fill(batches)]
+        self.engine.train()
+        return losses[: len(batches)]
+
+    @property
+    def gradient_norm(self) -> float:
+        """Norm of the last step's gradients before clipping."""
+        norm = self.engine.get_global_grad_norm()
+        return float(norm) if norm is not None else float("nan")
+
+    def _loss(self, batch: MicroBatch, group_size: int | None) -> Tensor:
+        batch = batch.to(self.device)
+        plan = plan_segments(batch.document_lengths, group_size).to(self.device)
+        return self.engine(
+            input_ids=batch.input_ids, position_ids=batch.position_ids, targets=batch.targets, segment_plan=plan
+        )
+
+    def _fill(self, batches: Sequence[MicroBatch]) -> Sequence[MicroBatch]:
+        """Adds zero-weight micro-batches where all ranks must run as many: under ZeRO-3, and on a rank without any."""
+        wanted = torch.tensor(max(1, len(batches)), device=self.device)
+        if self.zero_stage == 3:
+            dist.all_reduce(wanted, op=dist.ReduceOp.MAX)
+        return [*batches, *[filler()] * (int(wanted) - len(batches))]
+
+    def named_trainable(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        """Trainable parameters by their names in the network (as transformers or PEFT call them), in a fixed order."""
+        wanted = set(self.names)
+        for name, parameter in self.model.named_parameters():
+            if name in wanted:
+                yield name.removeprefix("network."), parameter
+
+    def read_state(self) -> Iterator[tuple[str, ParameterState]]:
+        """Every trainable parameter's state in full, one at a time. A collective: all ranks must go through it."""
+        for name, parameter in self.named_trainable():
+            master = safe_get_full_fp32_param(parameter)
+            moments = [safe_get_full_optimizer_state(parameter, key) for key in MOMENTS]
+            yield name, ParameterState(*(tensor.detach().float().cpu() for tensor in (master, *moments)))
+
+    def write_state(self, state: dict[str, ParameterState], adam_step: int) -> None:
+        """Sets masters, moments, Adam's step and the low-precision parameters, at any world size.
+
+        state: one ParameterState for each trainable parameter; ValueError names those that are missing or foreign.
+        """
+        named = dict(self.named_trainable())
+        if state.keys() != named.keys():
+            odd = sorted(state.keys() ^ named.keys())
+            raise ValueError(f"the checkpoint holds other parameters than the model trains: {odd[0]} ({len(odd)} in all)")
+        self._materialise_moments(adam_step)
+        for name, parameter in named.items():
+            self._set_parameter(parameter, state[name])
+
+    def _materialise_moments(self, adam_step: int) -> None:
+        """Creates Adam's state, which DeepSpeed and torch would only create at the first step."""
+        zero = self.engine.optimizer
+        flat = (
+            zero.fp32_partitioned_groups_flat if self.zero_stage == 3 else zero.single_partition_of_fp32_groups
+        )
+        for partition in flat:
+            zero.optimizer.state[partition] = {
+                "step": torch.tensor(float(adam_step)),
+                **{key: torch.zeros_like(partition) for key in MOMENTS},
+            }
+        if self.zero_stage != 3:
+            zero._lazy_init_hp_params_optimizer_state()
+
+    def _set_parameter(self, parameter: torch.nn.Parameter, state: ParameterState) -> None:
+        if self.zero_stage == 3:
+            self._set_partition(parameter, state)
+        else:
+            safe_set_full_fp32_param(parameter, state.master.to(self.device))
+            for key in MOMENTS:
+                safe_set_full_optimizer_state(parameter, getattr(state, key).to(self.device), key)
+        gathered = deepspeed.zero.GatheredParameters([parameter], modifier_rank=0)
+        with gathered if self.zero_stage == 3 else nullcontext(), torch.no_grad():
+            if self.zero_stage != 3 or dist.get_rank() == 0:
+                parameter.copy_(state.master.to(parameter.device, parameter.dtype))
+
+    def _set_partition(self, parameter: torch.nn.Parameter, state: ParameterState) -> None:
+        """ZeRO-3: this rank's slice of the flat, zero-padded tensors (DeepSpeed's full setters do not pad)."""
+        size = parameter.ds_tensor.numel()
+        for key in (None, *MOMENTS):
+            flat = getattr(state, key or "master").flatten()
+            padded = torch.nn.functional.pad(flat, (0, size * self.world_size - flat.numel()))
+            part = padded[dist.get_rank() * size :][:size].to(self.device)
+            if key is None:
+                safe_set_local_fp32_param(parameter, part)
+            else:
+                safe_set_local_optimizer_state(parameter, part, key)
+
+
+def filler() -> MicroBatch:
+    """A micro-batch without targets: it takes part in the collectives of a step and adds nothing to it."""
+    return MicroBatch(
+        input_ids=torch.zeros(1, 2, dtype=torch.int64),
+        position_ids=torch.arange(2).unsqueeze(0),
+        targets=torch.full((2,), -100),
+        document_lengths=(2,),
+        rows=(2,),
+        sequences=(),
+        positions=(),
+    )
