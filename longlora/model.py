@@ -1,0 +1,195 @@
+"""From a base model to one that trains on long rows: base → rope → attention → adapters → summed loss."""
+
+import copy
+from typing import Any, Literal
+
+import torch
+from longlora.attention import hf
+from longlora.segments import SegmentPlan
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from longlora.adapters import attach_adapter, enable_full_training
+from longlora.loss import summed_cross_entropy
+from longlora.rope import extend_rope
+
+# Settings of families whose logits are more than head(hidden), with the value at which they do nothing.
+LOGIT_SETTINGS = {
+    "final_logit_softcapping": None,
+    "output_logit_soft_cap": None,
+    "logits_soft_cap": None,
+    "logit_scale": 1,
+    "logits_scaling": 1,
+    "lm_head_multiplier": 1,
+}
+LAYER_TYPES = {"full_attention", "sliding_attention"}
+
+
+class LongContextModel(nn.Module):
+    """A causal language model that takes one row of documents and returns the sum of its token losses.
+
+    `network` is the transformers model, or the PeftModel around it.
+    """
+
+    def __init__(self, network: PreTrainedModel | PeftModel) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor, targets: Tensor, segment_plan: SegmentPlan) -> Tensor:
+        """Σ −log p(target) in nats, an fp32 scalar.
+
+        input_ids, position_ids (1, T) int64, positions restarting at each document; targets (T,) int64, the token that
+        follows, −100 for none; segment_plan for the same T tokens.
+        """
+        network = self.network
+        causal_lm = network.get_base_model() if isinstance(network, PeftModel) else network
+        # The decoder alone: the causal model would make the logits of the whole row.
+        output = causal_lm.get_decoder()(
+            input_ids=input_ids, position_ids=position_ids, use_cache=False, segment_plan=segment_plan
+        )
+        return summed_cross_entropy(output.last_hidden_state[0], causal_lm.get_output_embeddings(), targets)
+
+
+def build_base(
+    name_or_path: str | None,
+    model_config: dict[str, Any] | None,
+    *,
+    dtype: torch.dtype,
+    rope: str | None,
+    context_length: int,
+    sliding_window: int | Literal["model"] | None = "model",
+    gradient_checkpointing: bool,
+    init_seed: int,
+    attention: Literal["s2", "sdpa"] = "s2",
+    device: Literal["cpu", "meta"] = "cpu",
+    revision: str | None = None,
+) -> PreTrainedModel:
+    """The base model with its context extended to `context_length` by the `rope` method (see `extend_rope`).
+
+    From a Hugging Face folder or hub name (safetensors only), or, randomly initialised with `init_seed`, from a
+    transformers config with its `model_type`. `rope` None keeps the model's positions, which must then reach
+    `context_length`. `sliding_window` None removes the model's window, "model" keeps it. On "meta" nothing is loaded:
+    shapes only.
+    Raises ValueError for a model that cannot be used, with the reason.
+    """
+    config = _base_config(name_or_path, model_config, revision)
+    check_supported(config)
+    config = _with_context(config, context_length, rope)
+    config = _with_window(config, context_length, sliding_window)
+    if attention == "s2":
+        hf.register()
+    options = {"dtype": dtype, "attn_implementation": attention}
+    if device == "meta":
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, **options)
+    elif name_or_path is None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(init_seed)
+            model = AutoModelForCausalLM.from_config(config, **options)
+    else:
+        model = _load(name_or_path, config, revision, options)
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
+
+
+def training_model(base: PreTrainedModel, adapter: dict[str, Any] | None) -> LongContextModel:
+    """`base` ready to train: with the adapter that `attach_adapter` makes of these settings, or in full if None."""
+    return LongContextModel(enable_full_training(base) if adapter is None else attach_adapter(base, **adapter))
+
+
+def check_supported(config: PreTrainedConfig) -> None:
+    """Raises ValueError with the reason if models of `config` cannot be trained with S²-Attn."""
+    family = config.model_type
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or config.is_encoder_decoder:
+        raise ValueError(f"{family} is no decoder-only language model")
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    if not model_class._supports_attention_backend:
+        raise ValueError(f"{family} does not go through transformers' attention interface, where S²-Attn is put in")
+    if model_class._is_stateful:
+        raise ValueError(f"{family} has recurrent layers, which carry a state from one packed document into the next")
+    if "rope_theta" not in (getattr(config, "rope_parameters", None) or {}):
+        raise ValueError(f"{family} has no rotary positions (or several kinds), which its context is extended by")
+    foreign = set(getattr(config, "layer_types", None) or ()) - LAYER_TYPES
+    if foreign:
+        raise ValueError(f"{family} has layers of type {sorted(foreign)[0]}; only softmax attention is supported")
+    for setting, neutral in {**LOGIT_SETTINGS, "attn_logit_softcapping": None}.items():
+        value = getattr(config, setting, None)
+        if value not in (None, neutral):
+            raise ValueError(f"{family} sets {setting} = {value}, which the chunked loss and S²-Attn do not apply")
+
+
+def check_vocabulary(config: PreTrainedConfig, tokenizer_length: int) -> None:
+    """Raises ValueError if the tokenizer has tokens without an embedding (the reverse is common padding)."""
+    if tokenizer_length > config.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {tokenizer_length} tokens and the model {config.vocab_size}: "
+            "take the tokenizer that the model was trained with"
+        )
+
+
+def _base_config(
+    name_or_path: str | None, model_config: dict[str, Any] | None, revision: str | None
+) -> PreTrainedConfig:
+    if (name_or_path is None) == (model_config is None):
+        raise ValueError("give exactly one of a model folder or name and a model config")
+    if model_config is None:
+        try:
+            return AutoConfig.from_pretrained(name_or_path, revision=revision)
+        except OSError as error:
+            raise ValueError(f"model {name_or_path!r} cannot be read: {_first_line(error)}") from error
+    if "model_type" not in model_config:
+        raise ValueError("the model config has no model_type, e.g. llama")
+    settings = dict(model_config)
+    return AutoConfig.for_model(settings.pop("model_type"), **settings)
+
+
+def _with_context(config: PreTrainedConfig, length: int, rope: str | None) -> PreTrainedConfig:
+    if rope is not None:
+        return extend_rope(config, length, rope)
+    if length > config.max_position_embeddings:
+        raise ValueError(
+            f"context length {length} exceeds the model's {config.max_position_embeddings}: choose a rope method"
+        )
+    return config
+
+
+def _with_window(config: PreTrainedConfig, length: int, window: int | Literal["model"] | None) -> PreTrainedConfig:
+    """The config with the sliding window kept, set or removed; a window below `length` is refused."""
+    config = copy.deepcopy(config)
+    if window is None:
+        config.sliding_window = None
+        if getattr(config, "use_sliding_window", False):
+            config.use_sliding_window = False
+        if getattr(config, "layer_types", None):
+            config.layer_types = ["full_attention"] * len(config.layer_types)
+    elif window != "model":
+        config.sliding_window = window
+    present = getattr(config, "sliding_window", None)
+    if present is not None and present < length:
+        raise ValueError(
+            f"the model's sliding window of {present} tokens is shorter than the context length {length}: "
+            "set sliding_window to null to remove it"
+        )
+    return config
+
+
+def _load(
+    name_or_path: str, config: PreTrainedConfig, revision: str | None, options: dict[str, Any]
+) -> PreTrainedModel:
+    try:
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            name_or_path, config=config, revision=revision, use_safetensors=True, output_loading_info=True, **options
+        )
+    except OSError as error:
+        raise ValueError(f"model {name_or_path!r} cannot be loaded: {_first_line(error)}") from error
+    if loading["missing_keys"]:
+        missing = sorted(loading["missing_keys"])
+        raise ValueError(f"model {name_or_path!r} lacks {len(missing)} weights, e.g. {missing[0]}")
+    return model
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]
