@@ -1,0 +1,111 @@
+"""The one writer of a run: ledger, status and MLflow, in one actor on the driver's node.
+
+Workers come and go; what they trained is told here, once a step, by rank 0.
+"""
+
+import time
+from collections import deque
+from dataclasses import dataclass
+from typing import Any
+
+from upath import UPath
+
+from pipeline.config import parse_config
+from pipeline.ledger import Event, LedgerWriter, StepRecord
+from pipeline.tracking import Tracker
+
+RATE_WINDOW = 10  # steps over which tokens/s and the remaining time are estimated
+
+
+@dataclass
+class Status:
+    """What the status line shows. Times in seconds."""
+
+    phase: str = "starting workers"
+    step: int = 0
+    steps: int = 0
+    loss: float | None = None
+    eval_loss: float | None = None
+    tokens_per_second: float | None = None
+    world_size: int = 0
+    remaining_s: float | None = None
+    attempt: int = 0
+    error: str = ""
+    """One line if the run must end: a mistake in config or data, or no memory, which trying again would not mend."""
+
+
+class RunLog:
+    """Ledger, MLflow metrics and status of one run. Made a Ray actor by the driver; plain Python otherwise."""
+
+    def __init__(self, config_values: dict[str, Any], run_folder: str) -> None:
+        config = parse_config(config_values)
+        self.folder = UPath(run_folder)
+        self.ledger = LedgerWriter(self.folder)
+        self.tracker = Tracker(config, self.folder)
+        self.status_now = Status(steps=config.optimization.steps)
+        # A step that is redone after a restart has the same metrics: MLflow gets each once.
+        self._logged = self.tracker.last_step("train/loss")
+        self._tokens_per_step = config.optimization.global_batch * config.context.length
+        self._recent: deque[StepRecord] = deque(maxlen=RATE_WINDOW)
+
+    def start_attempt(self, world_size: int, step: int, details: dict[str, Any]) -> int:
+        """A worker group has started and goes on from `step`; returns the attempt's number."""
+        attempt = self.ledger.start_attempt()
+        self.ledger.write(Event("start", step, details={"world_size": world_size, **details}))
+        self._recent.clear()
+        status = self.status_now
+        status.phase, status.step, status.world_size, status.attempt = "training", step, world_size, attempt
+        return attempt
+
+    def step(self, record: StepRecord) -> None:
+        """A step is done."""
+        self.ledger.write(record)
+        self._recent.append(record)
+        status = self.status_now
+        status.step, status.loss, status.world_size = record.step + 1, record.loss, record.world_size
+        seconds = sum(r.seconds for r in self._recent)
+        status.tokens_per_second = sum(r.tokens for r in self._recent) / seconds
+        status.remaining_s = (status.steps - status.step) * seconds / len(self._recent)
+        if record.step > self._logged:
+            self._logged = record.step
+            self.tracker.metrics(
+                {
+                    "train/loss": record.loss,
+                    "train/learning_rate": record.learning_rate,
+                    "train/gradient_norm": record.gradient_norm,
+                    "train/tokens_per_second": record.tokens / record.seconds,
+                    "train/world_size": record.world_size,
+                },
+                step=record.step,
+                tokens=(record.step + 1) * self._tokens_per_step,
+            )
+
+    def evaluated(self, step: int, loss: float, tokens: int) -> None:
+        """The validation loss after `step` steps, a mean over `tokens` target tokens."""
+        self.status_now.eval_loss = loss
+        self.ledger.write(Event("evaluation", step, details={"loss": loss, "tokens": tokens}))
+        self.tracker.metrics({"eval/loss": loss}, step=step, tokens=step * self._tokens_per_step)
+
+    def event(self, event: str, step: int, details: dict[str, Any]) -> None:
+        self.ledger.write(Event(event, step, details=details))
+
+    def metrics(self, values: dict[str, float], step: int) -> None:
+        self.tracker.metrics(values, step)
+
+    def sync(self) -> None:
+        """Returns when the ledger is on disk."""
+        self.ledger.sync()
+
+    def fail(self, error: str, step: int) -> None:
+        """Records the reason for which the run must end."""
+        self.status_now.error = error
+        if self.ledger.attempt:
+            self.ledger.write(Event("error", step, details={"error": error, "time": time.time()}))
+
+    def status(self) -> Status:
+        return self.status_now
+
+    def close(self, status: str) -> None:
+        """Ends the MLflow run as FINISHED, FAILED or KILLED, and the ledger."""
+        self.ledger.close()
+        self.tracker.close(status)

@@ -1,0 +1,242 @@
+"""What each worker runs: the visible loop, and what a step, a validation and a checkpoint are."""
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+import torch
+import torch.distributed as dist
+from upath import UPath
+
+from longlora.model import LongContextModel, build_base, training_model
+from pipeline import checkpoints
+from pipeline.checkpoints import RunState
+from pipeline.config import Config, local_path, parse_config
+from pipeline.engine import TrainingEngine
+from pipeline.feed import Feed, MicroBatch, collate
+from pipeline.ledger import StepRecord, token_hash
+from pipeline.optimizer import build_optimizer, learning_rate
+from pipeline.order import positions_of_step, share
+from pipeline.packs import Packs
+
+
+class FinalError(RuntimeError):
+    """An error that trying again would repeat: it ends the run. Its message is one line."""
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """What the driver tells every worker."""
+
+    config: dict[str, Any]
+    run_folder: str
+    train_packs: str
+    validation_packs: str | None
+    base_fingerprint: str
+    run_log: Any
+    """Handle of the RunLog actor."""
+
+
+def train_loop(assignment: Assignment) -> None:
+    """Trains from the newest checkpoint to the last step."""
+    run = Worker(assignment)
+    config = run.config
+    step = run.restore()
+    while step < config.optimization.steps:
+        record = run.train_step(step)
+        step += 1
+        run.tell("step", record)
+        if run.is_due(config.evaluation.every_steps, step):
+            run.evaluate(step)
+        if run.is_due(config.checkpoint.every_steps, step):
+            run.save(step)
+    run.close()
+
+
+def group_size_at(step: int, config: Config) -> int | None:
+    """The group size of step `step`: that of the config, or None (full attention) in the last `full_last` of the steps."""
+    full_steps = round(config.attention.full_last * config.optimization.steps)
+    return None if step >= config.optimization.steps - full_steps else config.attention.group_size
+
+
+def build_model(config: Config) -> LongContextModel:
+    """Base → RoPE → S²-Attn → adapters, as the config says."""
+    model, adapter = config.model, config.adapter
+    base = build_base(
+        local_path(model.base) if model.base else None,
+        model.architecture,
+        dtype=getattr(torch, model.dtype),
+        rope=config.context.rope,
+        context_length=config.context.length,
+        sliding_window=model.sliding_window,
+        gradient_checkpointing=model.gradient_checkpointing,
+        init_seed=config.run.seed,
+        revision=model.revision,
+    )
+    settings = adapter.model_dump(exclude={"kind", "lora_b_lr_ratio"})
+    return training_model(base, settings if adapter.kind == "lora" else None)
+
+
+class Worker:
+    """One rank of a run: model, engine, feed, and what it tells the run's log (rank 0 only)."""
+
+    def __init__(self, assignment: Assignment) -> None:
+        self.assignment = assignment
+        self.config = config = parse_config(assignment.config)
+        self.folder = UPath(assignment.run_folder)
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        torch.set_num_threads(max(1, int(config.workers.cpus)))
+        torch.use_deterministic_algorithms(config.run.deterministic)
+        torch.manual_seed(config.run.seed)
+        model = build_model(config)
+        self.engine = TrainingEngine(model, build_optimizer(model, config), config)
+        self.network = self.engine.model.network
+        self.packs = Packs.open(UPath(assignment.train_packs))
+        self.feed = Feed(
+            self.packs,
+            config.run.seed,
+            config.optimization.global_batch,
+            config.optimization.micro_batch,
+            self.world_size,
+            self.rank,
+        )
+        self.validation = self._validation_rows()
+        self.attempt = 0
+        self.eval_loss: tuple[int, float] | None = None
+
+    def restore(self) -> int:
+        """Takes over the newest checkpoint that verifies; returns the step to go on from."""
+        folder = checkpoints.newest(self.folder)
+        step = 0
+        if folder is not None:
+            state = checkpoints.read_state(folder)
+            checkpoints.check_resumable(state, self.packs.fingerprint, self.assignment.base_fingerprint)
+            self.engine.write_state(checkpoints.read_parameters(folder, self.network), state.step)
+            step = state.step
+        started = [0]
+        if self.rank == 0:
+            details = {"checkpoint": folder.name if folder else None}
+            started = [ray.get(self.assignment.run_log.start_attempt.remote(self.world_size, step, details))]
+        dist.broadcast_object_list(started)
+        self.attempt = started[0]
+        return step
+
+    def train_step(self, step: int) -> StepRecord:
+        """One optimizer step over the sequences of `step`, whatever this worker's share of them is."""
+        config, start = self.config, time.perf_counter()
+        batches = self.feed.step(step)
+        positions = positions_of_step(step, config.optimization.global_batch)
+        target_tokens = self.feed.target_tokens(step)
+        result = self.engine.accumulate(batches, group_size_at(step, config), target_tokens)
+        trained = self._gather(batches, result.losses)
+        rate = learning_rate(step, config.optimization)
+        self.engine.apply(rate)
+        return StepRecord(
+            step=step,
+            world_size=self.world_size,
+            first_position=positions.start,
+            sequences=trained.sequences,
+            token_hash=token_hash(trained.hashes),
+            loss=trained.loss / target_tokens,
+            target_tokens=target_tokens,
+            time=time.time(),
+            tokens=trained.tokens,
+            seconds=time.perf_counter() - start,
+            learning_rate=rate,
+            gradient_norm=self.engine.gradient_norm,
+        )
+
+    def evaluate(self, step: int) -> None:
+        """Loss on the held-out rows with full attention inside each document, summed in row order."""
+        losses = self.engine.evaluate(self.validation)
+        per_rank: list[list[float]] = [[] for _ in range(self.world_size)]
+        dist.all_gather_object(per_rank, losses)
+        targets = sum(self.validation_targets)
+        loss = sum(value for losses in per_rank for value in losses) / targets
+        self.eval_loss = (step, loss)
+        if self.rank == 0:
+            self.assignment.run_log.evaluated.remote(step, loss, targets)
+
+    def save(self, step: int) -> None:
+        """Commits a checkpoint of the state after `step` steps."""
+        parameters = {}
+        for name, state in self.engine.read_state():
+            if self.rank == 0:
+                parameters[name] = state
+        if self.rank == 0:
+            ray.get(self.assignment.run_log.sync.remote())
+            fresh = self.eval_loss is not None and self.eval_loss[0] == step
+            state = RunState(
+                step=step,
+                position=step * self.config.optimization.global_batch,
+                packs_fingerprint=self.packs.fingerprint,
+                base_fingerprint=self.assignment.base_fingerprint,
+                training_hash=self.config.training_hash(),
+                attempt=self.attempt,
+                eval_loss=self.eval_loss[1] if fresh else None,
+            )
+            checkpoints.save(self.folder, state, self.network, parameters)
+            checkpoints.retain(self.folder, self.config.checkpoint.keep_last, self.config.checkpoint.keep_best)
+            self.assignment.run_log.event.remote("checkpoint", step, {})
+        dist.barrier()
+
+    def tell(self, what: str, *values: object) -> None:
+        """Tells the run's log, without waiting; rank 0 speaks for all."""
+        if self.rank == 0:
+            getattr(self.assignment.run_log, what).remote(*values)
+
+    def is_due(self, every_steps: int | None, step: int) -> bool:
+        """Whether something that is done every so many steps, and after the last one, is done after `step` steps."""
+        return every_steps is not None and (step % every_steps == 0 or step == self.config.optimization.steps)
+
+    def close(self) -> None:
+        self.feed.close()
+        if self.rank == 0:
+            ray.get(self.assignment.run_log.sync.remote())
+
+    def _validation_rows(self) -> list[MicroBatch]:
+        """This rank's share of the first `evaluation.rows` held-out sequences, a row at a time."""
+        self.validation_targets: list[int] = []
+        if self.assignment.validation_packs is None or self.config.evaluation.every_steps is None:
+            return []
+        packs = Packs.open(UPath(self.assignment.validation_packs))
+        count = min(self.config.evaluation.rows, packs.count)
+        self.validation_targets = [packs.target_tokens(sequence) for sequence in range(count)]
+        mine = share(count, self.world_size, self.rank)
+        return [collate([packs.row(s)], [s], [s]) for s in mine]
+
+    def _gather(self, batches: list[MicroBatch], losses: list[float]) -> "Trained":
+        """All ranks' sequences, hashes and losses in position order; FinalError names sequences with a bad loss."""
+        mine = (
+            [s for batch in batches for s in batch.sequences],
+            [h for batch in batches for h in batch.hashes()],
+            losses,
+            sum(batch.input_ids.numel() for batch in batches),
+        )
+        everyone: list[Any] = [None] * self.world_size
+        dist.all_gather_object(everyone, mine)
+        trained = Trained(
+            sequences=[s for part in everyone for s in part[0]],
+            hashes=[h for part in everyone for h in part[1]],
+            loss=sum(loss for part in everyone for loss in part[2]),
+            tokens=sum(part[3] for part in everyone),
+        )
+        if not abs(trained.loss) < float("inf"):
+            bad = [part[0] for part in everyone if not abs(sum(part[2])) < float("inf")]
+            raise FinalError(
+                f"the loss is {trained.loss} on sequences {bad[0]}: nothing was committed; "
+                "lower optimization.learning_rate, or look at these sequences"
+            )
+        return trained
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What all ranks trained in a step, in position order."""
+
+    sequences: list[int]
+    hashes: list[int]
+    loss: float
+    """Summed over all target tokens, nats."""
+    tokens: int
