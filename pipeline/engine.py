@@ -21,10 +21,10 @@ from deepspeed.utils import (
     safe_set_local_fp32_param,
     safe_set_local_optimizer_state,
 )
+from longlora.segments import plan_segments
 from torch import Tensor
 
 from longlora.model import LongContextModel
-from longlora.segments import plan_segments
 from pipeline.config import Config
 from pipeline.feed import MicroBatch
 from pipeline.optimizer import set_learning_rate
@@ -159,7 +159,9 @@ class TrainingEngine:
         named = dict(self.named_trainable())
         if state.keys() != named.keys():
             odd = sorted(state.keys() ^ named.keys())
-            raise ValueError(f"the checkpoint holds other parameters than the model trains: {odd[0]} ({len(odd)} in all)")
+            raise ValueError(
+                f"the checkpoint holds other parameters than the model trains: {odd[0]} ({len(odd)} in all)"
+            )
         self._materialise_moments(adam_step)
         for name, parameter in named.items():
             self._set_parameter(parameter, state[name])
@@ -167,9 +169,7 @@ class TrainingEngine:
     def _materialise_moments(self, adam_step: int) -> None:
         """Creates Adam's state, which DeepSpeed and torch would only create at the first step."""
         zero = self.engine.optimizer
-        flat = (
-            zero.fp32_partitioned_groups_flat if self.zero_stage == 3 else zero.single_partition_of_fp32_groups
-        )
+        flat = zero.fp32_partitioned_groups_flat if self.zero_stage == 3 else zero.single_partition_of_fp32_groups
         for partition in flat:
             zero.optimizer.state[partition] = {
                 "step": torch.tensor(float(adam_step)),

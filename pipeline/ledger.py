@@ -114,5 +114,7 @@ def trained_steps(run_folder: UPath) -> dict[int, StepRecord]:
 def _last_attempt(folder: UPath) -> int:
     if not folder.exists():
         return 0
-    numbers = [int(path.name.removeprefix("attempt-").removesuffix(".jsonl")) for path in folder.glob("attempt-*.jsonl")]
+    numbers = [
+        int(path.name.removeprefix("attempt-").removesuffix(".jsonl")) for path in folder.glob("attempt-*.jsonl")
+    ]
     return max(numbers, default=0)

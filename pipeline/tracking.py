@@ -95,7 +95,9 @@ class Tracker:
                 return
             except Exception as error:
                 # Whatever a tracking server does, training goes on; what it missed is sent when it is back.
-                print(f"MLflow does not take metrics ({type(error).__name__}); trying again in {delay:.0f} s", flush=True)
+                print(
+                    f"MLflow does not take metrics ({type(error).__name__}); trying again in {delay:.0f} s", flush=True
+                )
                 time.sleep(delay)
                 delay = min(60.0, 2 * delay)
 

@@ -55,7 +55,7 @@ def train_loop(assignment: Assignment) -> None:
 
 
 def group_size_at(step: int, config: Config) -> int | None:
-    """The group size of step `step`: that of the config, or None (full attention) in the last `full_last` of the steps."""
+    """Group size of step `step`: the config's, or None (full attention) in the last `full_last` of the steps."""
     full_steps = round(config.attention.full_last * config.optimization.steps)
     return None if step >= config.optimization.steps - full_steps else config.attention.group_size
 

@@ -1,0 +1,104 @@
+"""The command line: parse, load the config, dispatch. Nothing heavy is imported before a command needs it.
+
+python pipeline/main.py [COMMAND] [--config FILE] [section.key=value …]
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+# With `python pipeline/main.py` Python puts this folder first on the path, where a file could hide an installed
+# module of its name. The repository root takes its place: both packages import from there, in any working directory.
+ROOT = str(Path(__file__).resolve().parent.parent)
+sys.path[:] = [ROOT, *(entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent)]
+
+from pipeline.config import Config, ConfigError, load_config  # noqa: E402
+
+STAGES = {
+    "run": "prepare → train → evaluate → export; goes on where it stopped (default)",
+    "prepare": "tokenise and pack the documents",
+    "train": "train to the last step, from the newest checkpoint",
+    "evaluate": "perplexity of base, extended base and trained model, with plots",
+    "export": "write the trained model as a Hugging Face folder",
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(
+        prog="main.py",
+        description="Extend the context of an open LLM with S²-Attn and LoRA, on a cluster that changes.",
+    )
+    commands = top.add_subparsers(dest="command", metavar="COMMAND")
+    for name, text in STAGES.items():
+        stage = commands.add_parser(name, help=text, description=text)
+        stage.add_argument("--config", metavar="FILE", help="YAML file (default: configs/quickstart.yaml)")
+        stage.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
+    text = commands.add_parser("generate", help="text from a base, adapter or exported model")
+    text.add_argument("--model", required=True, help="Hugging Face folder or name, or a checkpoint folder of a run")
+    text.add_argument("--prompt", required=True, help="the text to continue, or @FILE")
+    text.add_argument("--max-new-tokens", type=int, default=200)
+    text.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token")
+    text.add_argument("--seed", type=int, default=0)
+    return top
+
+
+def main(arguments: list[str] | None = None) -> int:
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or (arguments[0] not in (*STAGES, "generate") and arguments[0] not in ("-h", "--help")):
+        arguments.insert(0, "run")
+    options = parser().parse_args(arguments)
+    try:
+        if options.command == "generate":
+            _generate(options)
+        else:
+            from pipeline.stages import run_stages
+
+            run_stages(_absolute_paths(load_config(options.config, options.overrides)), options.command)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _generate(options: argparse.Namespace) -> None:
+    from pipeline.generate import generate
+
+    prompt = options.prompt
+    if prompt.startswith("@"):
+        try:
+            prompt = Path(prompt[1:]).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"--prompt {prompt}: {error}") from None
+    for piece in generate(options.model, prompt, options.max_new_tokens, options.temperature, options.seed):
+        print(piece, end="", flush=True)
+    print()
+
+
+def _absolute_paths(config: Config) -> Config:
+    """Paths that exist relative to the working directory become absolute; others stay relative to the repository."""
+
+    def absolute(text: str) -> str:
+        here = "://" not in text and not os.path.isabs(text) and Path.cwd() != Path(ROOT) and Path(text).exists()
+        return str(Path(text).resolve()) if here else text
+
+    model = config.model.model_copy(
+        update={
+            "base": config.model.base and absolute(config.model.base),
+            "tokenizer": config.model.tokenizer and absolute(config.model.tokenizer),
+        }
+    )
+    data = config.data.model_copy(
+        update={
+            "train": [absolute(text) for text in config.data.train],
+            "validation": [absolute(text) for text in config.data.validation],
+        }
+    )
+    return config.model_copy(update={"model": model, "data": data})
+
+
+if __name__ == "__main__":
+    sys.exit(main())

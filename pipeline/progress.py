@@ -1,0 +1,51 @@
+"""The status line of a run: live in a terminal, a plain line now and then elsewhere."""
+
+import sys
+import threading
+from typing import Any
+
+import ray
+from rich.console import Console
+from rich.live import Live
+
+from pipeline.run_log import Status
+
+LIVE_INTERVAL_S = 0.5
+PLAIN_INTERVAL_S = 10.0
+
+
+def status_line(status: Status) -> str:
+    """`training  step 12/40 · loss 3.912 · 2,210 tokens/s · 2 workers · 6:12 left`"""
+    parts = [f"{status.phase}  step {status.step}/{status.steps}"]
+    if status.loss is not None:
+        parts.append(f"loss {status.loss:.3f}")
+    if status.eval_loss is not None:
+        parts.append(f"held-out {status.eval_loss:.3f}")
+    if status.tokens_per_second is not None:
+        parts.append(f"{status.tokens_per_second:,.0f} tokens/s")
+    if status.world_size:
+        parts.append(f"{status.world_size} worker{'s' if status.world_size > 1 else ''}")
+    if status.attempt > 1:
+        parts.append(f"attempt {status.attempt}")
+    if status.remaining_s is not None:
+        minutes, seconds = divmod(round(status.remaining_s), 60)
+        parts.append(f"{minutes}:{seconds:02d} left")
+    return " · ".join(parts)
+
+
+def show_progress(run_log: Any, finished: threading.Event) -> None:
+    """Shows the run's status until `finished` is set, and its last state then."""
+    console = Console()
+    if not sys.stdout.isatty():
+        shown = ""
+        while not finished.wait(PLAIN_INTERVAL_S):
+            line = status_line(ray.get(run_log.status.remote()))
+            if line != shown:
+                print(line, flush=True)
+            shown = line
+        print(status_line(ray.get(run_log.status.remote())), flush=True)
+        return
+    with Live(console=console, refresh_per_second=4) as live:
+        while not finished.wait(LIVE_INTERVAL_S):
+            live.update(status_line(ray.get(run_log.status.remote())))
+        live.update(status_line(ray.get(run_log.status.remote())))

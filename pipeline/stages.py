@@ -1,0 +1,113 @@
+"""The flow of a run: prepare → train → evaluate → export, each skipped where it is done."""
+
+import os
+from pathlib import Path
+
+from upath import UPath
+
+from pipeline.config import Config, ConfigError, local_path, parse_config
+from pipeline.session import ray_session
+from pipeline.storage import run_folder, write_atomic
+
+
+def run_stages(config: Config, command: str) -> None:
+    """Runs one stage, or all of them for "run". ConfigError, one line, for what the user can mend."""
+    _quiet_libraries()
+    check_model(config)
+    folder = run_folder(config)
+    _keep_config(config, folder)
+    if command in ("run", "prepare", "train"):
+        _prepare_and_train(config, folder, train=command != "prepare")
+    if command in ("run", "evaluate"):
+        _evaluate(config, folder)
+    if command in ("run", "export"):
+        from pipeline.export import export
+
+        print(f"exported to {export(config, folder)}")
+
+
+def check_model(config: Config) -> None:
+    """ConfigError if the model cannot be built or does not fit its tokenizer; shapes only, no weights are read."""
+    import torch
+    from transformers import AutoTokenizer
+
+    from longlora.model import build_base, check_vocabulary, training_model
+
+    model = config.model
+    source = local_path(model.tokenizer_source)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=model.revision)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(f"model.tokenizer = {source!r}: no tokenizer can be loaded ({reason})") from None
+    try:
+        base = build_base(
+            local_path(model.base) if model.base else None,
+            model.architecture,
+            dtype=getattr(torch, model.dtype),
+            rope=config.context.rope,
+            context_length=config.context.length,
+            sliding_window=model.sliding_window,
+            gradient_checkpointing=False,
+            init_seed=0,
+            device="meta",
+            revision=model.revision,
+        )
+        check_vocabulary(base.config, len(tokenizer))
+        lora = config.adapter.kind == "lora"
+        training_model(base, config.adapter.model_dump(exclude={"kind", "lora_b_lr_ratio"}) if lora else None)
+    except ValueError as error:
+        raise ConfigError(f"model {model.base or 'architecture'}: {error}") from None
+
+
+def _prepare_and_train(config: Config, folder: UPath, train: bool) -> None:
+    with ray_session(config):
+        from pipeline.prepare import prepare
+
+        packs = prepare(config)
+        if train:
+            from pipeline.train_driver import train as train_run
+
+            train_run(config, folder, packs)
+
+
+def _evaluate(config: Config, folder: UPath) -> None:
+    from pipeline.evaluation import evaluate
+    from pipeline.tracking import Tracker
+
+    metrics: dict[str, float] = evaluate(config, folder)
+    if metrics:
+        tracker = Tracker(config, folder)
+        tracker.metrics(metrics, step=config.optimization.steps)
+        tracker.artifacts(Path(str(folder / "evaluation")))
+        tracker.close("FINISHED")
+
+
+def _keep_config(config: Config, folder: UPath) -> None:
+    """Writes the resolved config of a new run; refuses to resume one whose decisive settings were others."""
+    path = folder / "config.yaml"
+    if path.exists():
+        import yaml
+
+        before = parse_config(yaml.safe_load(path.read_text(encoding="utf-8"))).decisive()
+        now = config.decisive()
+        allowed = set(config.run.allow_config_change)
+        changed = [key for key in now if now[key] != before.get(key) and key not in allowed]
+        if changed:
+            key = changed[0]
+            more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
+            raise ConfigError(
+                f"{key} is {now[key]!r}, and run {config.run.name!r} was started with {before.get(key)!r}{more}: "
+                f"give the run another name, or allow it with run.allow_config_change='[{key}]'"
+            )
+    write_atomic(path, config.to_yaml().encode())
+
+
+def _quiet_libraries() -> None:
+    """Progress is ours to show; set before transformers and Ray are imported, here and (inherited) in the workers."""
+    for name, value in {
+        "TRANSFORMERS_VERBOSITY": "error",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }.items():
+        os.environ.setdefault(name, value)

@@ -1,0 +1,129 @@
+"""Ray Train around the loop: workers in an elastic range, failures retried, one line for what cannot be."""
+
+import os
+import threading
+import time
+from typing import Any
+
+import ray
+from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2.api.exceptions import TrainingFailedError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from upath import UPath
+
+from pipeline import checkpoints
+from pipeline.config import Config, ConfigError, local_path
+from pipeline.packs import Packs, check_enough
+from pipeline.prepare import PreparedPacks
+from pipeline.progress import show_progress
+from pipeline.run_log import RunLog
+from pipeline.session import uses_gpu
+from pipeline.train_loop import Assignment
+from pipeline.train_worker import train_worker
+
+
+class EndOnFinalError(UserCallback):
+    """Ends the run when a worker has named an error that trying again would repeat (see `train_worker`)."""
+
+    def __init__(self, run_log: Any) -> None:
+        self.run_log = run_log
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        error = ray.get(self.run_log.status.remote()).error
+        if error:
+            raise RuntimeError(error)  # an exception in a callback is what Ray Train does not retry
+
+
+def train(config: Config, run_folder: UPath, packs: PreparedPacks) -> None:
+    """Trains from the newest checkpoint to the last step; ConfigError if the run cannot go on, with the reason."""
+    train_packs = Packs.open(packs.train)
+    check_enough(train_packs, config.optimization.global_batch)
+    base = checkpoints.base_fingerprint(local_path(config.model.base)) if config.model.base else "random"
+    newest = checkpoints.newest(run_folder)
+    if newest is not None:
+        state = checkpoints.read_state(newest)
+        checkpoints.check_resumable(state, train_packs.fingerprint, base)
+        if state.step >= config.optimization.steps:
+            return
+    _check_resources(config)
+    run_log = _start_run_log(config, run_folder)
+    assignment = Assignment(
+        config=config.model_dump(mode="json"),
+        run_folder=str(run_folder),
+        train_packs=str(packs.train),
+        validation_packs=str(packs.validation) if packs.validation else None,
+        base_fingerprint=base,
+        run_log=run_log,
+    )
+    finished = threading.Event()
+    progress = threading.Thread(target=show_progress, args=(run_log, finished), name="progress")
+    progress.start()
+    status = "FAILED"
+    try:
+        _trainer(config, run_folder, assignment).fit()
+        status = "FINISHED"
+    except TrainingFailedError as error:
+        reason = ray.get(run_log.status.remote()).error
+        raise ConfigError(reason) if reason else _plain(error) from None
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
+    finally:
+        finished.set()
+        progress.join()
+        ray.get(run_log.close.remote(status))
+
+
+def _trainer(config: Config, run_folder: UPath, assignment: Assignment) -> TorchTrainer:
+    workers = config.workers
+    gpu = uses_gpu(config)
+    return TorchTrainer(
+        train_worker,
+        train_loop_config={"assignment": assignment},
+        torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=(workers.min, workers.max) if workers.elastic else workers.min,
+            use_gpu=gpu,
+            resources_per_worker={"CPU": workers.cpus, **({"GPU": 1} if gpu else {}), **workers.resources},
+            elastic_resize_monitor_interval_s=workers.resize_interval_s,
+        ),
+        run_config=RunConfig(
+            # Ray's own state, of which nothing is needed again: the run's state is in our checkpoints.
+            name=f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}",
+            storage_path=str(run_folder / "ray"),
+            failure_config=FailureConfig(max_failures=workers.max_failures, max_preemption_failures=-1),
+            callbacks=[EndOnFinalError(assignment.run_log)],
+        ),
+    )
+
+
+def _start_run_log(config: Config, run_folder: UPath) -> Any:
+    """The RunLog actor, without CPUs, on this node: it lives as long as the driver."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    actor = ray.remote(RunLog).options(num_cpus=0, scheduling_strategy=here)
+    return actor.remote(config.model_dump(mode="json"), str(run_folder))
+
+
+def _check_resources(config: Config) -> None:
+    """ConfigError if the smallest worker group asks for what no node of a cluster without autoscaler has."""
+    wanted = {"CPU": config.workers.cpus, **config.workers.resources, **({"GPU": 1} if uses_gpu(config) else {})}
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    for name, amount in wanted.items():
+        largest = max((node.get(name, 0) for node in nodes), default=0)
+        if largest < amount and not _autoscaling():
+            raise ConfigError(
+                f"workers: each needs {amount:g} {name}, and the largest node has {largest:g}; "
+                "lower the request or add such a node"
+            )
+
+
+def _autoscaling() -> bool:
+    """Whether an autoscaler may still bring the nodes that are missing (only a cluster started for it sets this)."""
+    return bool(os.environ.get("RAY_ADDRESS"))
+
+
+def _plain(error: TrainingFailedError) -> RuntimeError:
+    """The last lines of Ray's report: the worker's own error, without the frames of Ray."""
+    lines = [line for line in str(error).strip().splitlines() if line.strip()]
+    return RuntimeError(f"training failed after all retries: {lines[-1].strip() if lines else error}")

@@ -1,0 +1,36 @@
+"""The entry point of a worker: runs the loop, and says of an error whether trying again can help."""
+
+import errno
+
+import ray
+import torch
+
+from pipeline.config import ConfigError
+from pipeline.train_loop import Assignment, FinalError, train_loop
+
+
+def train_worker(settings: dict[str, Assignment]) -> None:
+    """What Ray Train calls on each worker. Errors that would repeat are named to the run's log, which ends the run."""
+    assignment = settings["assignment"]
+    try:
+        train_loop(assignment)
+    except Exception as error:
+        reason = final_reason(error)
+        if reason:
+            ray.get(assignment.run_log.fail.remote(reason))
+        raise
+
+
+def final_reason(error: Exception) -> str:
+    """One line for an error that a restart would meet again; empty for one that it may not."""
+    text = " ".join(str(error).split())
+    if isinstance(error, torch.OutOfMemoryError):
+        return (
+            f"out of GPU memory: {text[:160]}; lower optimization.micro_batch or context.length, "
+            "or set model.gradient_checkpointing: true"
+        )
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+        return f"run.storage cannot be written: {text}; make room, the run goes on from its last checkpoint"
+    if isinstance(error, FinalError | ConfigError | ValueError):
+        return text
+    return ""
