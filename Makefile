@@ -1,0 +1,63 @@
+# Every target sets up what it needs: `make quickstart` and `make test` work on a fresh machine.
+
+VENV := .venv
+BIN := $(VENV)/bin
+PYTHON ?= python3
+SOURCES := longlora pipeline tests examples $(wildcard benchmarks)
+
+# DeepSpeed and torch call `ninja` by name; another version than the lock's would compile the CPU op anew.
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup quickstart test check bench schema lock
+
+help:  ## Show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(VENV)/.compiled  ## Install the locked dependencies and this project into .venv (once)
+
+quickstart: setup  ## Extend a tiny Llama from 512 to 4096 tokens on real books, on this machine
+	$(BIN)/python pipeline/main.py
+
+test: setup  ## Run the tests of the default tier (others: pytest -m slow, pytest -m gpu)
+	$(BIN)/python -m pytest
+
+check: setup  ## Check format, lint and types
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/mypy
+
+bench: setup  ## Run every benchmark on this machine
+	@for benchmark in benchmarks/*.py; do echo "$$benchmark"; $(BIN)/python "$$benchmark" || exit 1; done
+
+schema: setup  ## Write configs/schema.json, which editors read, from the typed config
+	$(BIN)/python -c "import json; from pipeline.config import json_schema; \
+	    print(json.dumps(json_schema(), indent=2, ensure_ascii=False))" > configs/schema.json
+
+lock:  ## Resolve pyproject.toml into requirements.lock anew (needs uv; flash-attn and gpu extras need a build)
+	uv pip compile pyproject.toml --output-file requirements.lock --upgrade --quiet --universal \
+	    --python-version 3.11 --generate-hashes --no-header --extra dev --extra s3 --extra gcs
+
+$(BIN)/python:
+	@if command -v uv >/dev/null; then \
+	    uv venv --quiet --allow-existing --python '>=3.11' $(VENV); \
+	else \
+	    $(PYTHON) -c "import sys; sys.version_info >= (3, 11) or sys.exit( \
+	        f'Python {sys.version.split()[0]} is too old: install Python 3.11 or later, or uv')" && \
+	    $(PYTHON) -m venv $(VENV) && \
+	    { $(BIN)/python -m pip install --quiet uv || echo "uv cannot be installed; pip does it, more slowly"; }; \
+	fi
+
+# Hashes are checked. The build tool is in the lock too, so that building the project itself downloads nothing.
+$(VENV)/.installed: requirements.lock pyproject.toml | $(BIN)/python
+	@if command -v uv >/dev/null; then install="uv pip install --python $(BIN)/python"; \
+	else install="$(BIN)/python -m pip install"; fi; \
+	$$install --require-hashes -r requirements.lock && $$install --no-deps --no-build-isolation -e .
+	@touch $@
+
+# DeepSpeed on CPU compiles a shared-memory op at the first start; done here, no training waits for it.
+$(VENV)/.compiled: $(VENV)/.installed
+	@command -v c++ >/dev/null || { echo "a C++ compiler is missing: install one, e.g. apt install g++"; exit 1; }
+	@echo "Compiling DeepSpeed's CPU op (once, one to four minutes)"
+	@DS_ACCELERATOR=cpu $(BIN)/python -c "from deepspeed.comm.torch import build_shm_op; build_shm_op()"
+	@touch $@
