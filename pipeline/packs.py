@@ -15,6 +15,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -117,13 +118,14 @@ class ShardWriter:
 
 
 class Packs:
-    """Committed packs, read by global sequence index; one reader at a time (it is not meant for several threads)."""
+    """Committed packs, read by global sequence index, from any thread (one at a time)."""
 
     def __init__(self, folder: UPath, manifest: dict[str, Any]):
         self.folder = folder
         self.manifest = manifest
         self.fingerprint: str = manifest["fingerprint"]
         self.count: int = manifest["sequences"]
+        self._lock = Lock()
         self._first = [shard["first_sequence"] for shard in manifest["shards"]]
         self._file = lru_cache(maxsize=64)(self._open_shard)
         self._group = lru_cache(maxsize=64)(self._read_group)
@@ -152,8 +154,9 @@ class Packs:
     def row(self, sequence: int) -> Row:
         """Sequence `sequence` of 0 … count - 1; reads the row group that holds it. IndexError outside."""
         shard, row = self._place(sequence)
-        group_rows = self._file(shard).metadata.row_group(0).num_rows
-        table = self._group(shard, row // group_rows)
+        with self._lock:
+            group_rows = self._file(shard).metadata.row_group(0).num_rows
+            table = self._group(shard, row // group_rows)
         at = {name: table.column(name)[row % group_rows] for name in table.column_names}
         mask = at["target_mask"]
         return Row(
@@ -166,7 +169,8 @@ class Packs:
     def target_tokens(self, sequence: int) -> int:
         """Target tokens of a sequence, without reading it (one small column per shard, kept)."""
         shard, row = self._place(sequence)
-        return int(self._targets(shard)[row])
+        with self._lock:
+            return int(self._targets(shard)[row])
 
     def verify(self) -> None:
         """Reads every shard and compares its sha256; ConfigError names the first that differs."""

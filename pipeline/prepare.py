@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from upath import UPath
 
-from pipeline.config import Config, ConfigError
+from pipeline.config import Config, ConfigError, local_path
 from pipeline.documents import Document, Source, Unit, cut_units, find_sources, read_documents
 from pipeline.packing import POLICY, WINDOW_TOKENS, pack
 from pipeline.packs import FORMAT, Packs, Row, ShardWriter, sha256
@@ -50,7 +50,7 @@ def prepare(config: Config) -> PreparedPacks:
 
 
 def _prepare(config: Config, tokenizer: Tokenizer, entries: list[str], key: str) -> UPath:
-    sources = find_sources(entries, key)
+    sources = find_sources([local_path(entry) for entry in entries], key)
     content = _content(config, tokenizer, sources)
     fingerprint = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
     folder = storage_root(config) / "packs" / fingerprint

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer as Backend
 
-from pipeline.config import Config, ConfigError
+from pipeline.config import Config, ConfigError, local_path
 from pipeline.documents import Document
 
 BATCH_CHARACTERS = 2**20
@@ -34,7 +34,7 @@ class Tokenizer:
         source = config.model.tokenizer_source
         revision = config.model.revision if source == config.model.base else None
         try:
-            tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
+            tokenizer = AutoTokenizer.from_pretrained(local_path(source), revision=revision)
         except (OSError, ValueError, KeyError, ImportError) as error:
             reason = " ".join(str(error).split())[:200]
             raise ConfigError(f"model.tokenizer = {source!r}: cannot be loaded ({reason})") from None
