@@ -4,22 +4,23 @@ Sources are named by their path relative to what the user gave (folder, glob or 
 cut into units depends on the list of sources alone, so that packs do not depend on the cluster that makes them.
 """
 
-import gzip
 import hashlib
 import io
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from os.path import abspath, expanduser
+from os.path import expanduser
 from typing import Any, BinaryIO, Literal
 
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
-import zstandard
 from fsspec import AbstractFileSystem
+from fsspec.implementations.local import LocalFileSystem
 
 from pipeline.config import ConfigError
 
@@ -85,27 +86,39 @@ def find_sources(entries: list[str], key: str) -> list[Source]:
     """The files that `entries` (files, folders, globs; local or fsspec URIs) name, sorted by relative path.
 
     A folder gives the files below it that have a known suffix, hidden ones left out. A file named twice counts once.
+    Where two files would have the same relative path, both are named by more of their own.
     Raises ConfigError, naming `key` and the entry, if a file is missing, of an unknown type, or nothing matches.
     """
-    found: dict[str, tuple[AbstractFileSystem, str, str]] = {}
+    files: dict[str, tuple[AbstractFileSystem, str]] = {}
+    names: dict[str, str] = {}
     for entry in entries:
-        try:
+        with _explained(f"{key}: {entry!r}"):
             fs, path = fsspec.core.url_to_fs(expanduser(entry))
-            files = _expand(fs, path)
-        except (OSError, ImportError, ValueError) as error:
-            raise ConfigError(f"{key}: {entry!r} cannot be read ({' '.join(str(error).split())})") from None
-        if not files:
+            found = _expand(fs, path)
+        if not found:
             raise ConfigError(f"{key}: {entry!r} matches no file; documents are {' '.join(SUFFIXES)}")
-        for file, name in files:
+        for file, name in found:
             if not name.lower().endswith(SUFFIXES):
                 raise ConfigError(f"{key}: {name!r} has an unknown type; documents are {' '.join(SUFFIXES)}")
-            found.setdefault(fs.unstrip_protocol(file), (fs, file, name))
-    twice, times = Counter(name for _, _, name in found.values()).most_common(1)[0]
-    if times > 1:
-        raise ConfigError(f"{key}: two files are called {twice!r} below what is listed; list their common folder")
-    with ThreadPoolExecutor() as threads:
-        sources = threads.map(lambda file: _source(*file), found.values())
+            uri = fs.unstrip_protocol(file)
+            files[uri] = (fs, file)
+            names.setdefault(uri, name)
+    names = _distinct(names)
+    with _explained(key), ThreadPoolExecutor() as threads:
+        sources = threads.map(lambda uri: _source(*files[uri], names[uri]), files)
         return sorted(sources, key=lambda source: source.name)
+
+
+@contextmanager
+def _explained(where: str) -> Iterator[None]:
+    """Turns what goes wrong in reading a user's file into one line that says where."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except (OSError, EOFError, ImportError, ValueError, pa.ArrowException) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ConfigError(f"{where} cannot be read ({reason})") from None
 
 
 def _expand(fs: AbstractFileSystem, path: str) -> list[tuple[str, str]]:
@@ -114,20 +127,35 @@ def _expand(fs: AbstractFileSystem, path: str) -> list[tuple[str, str]]:
         return [(path, path.rsplit("/", 1)[-1])]
     if fs.isdir(path):
         below = [(file, file[len(path) :].lstrip("/")) for file in fs.find(path)]
-        hidden = [name for _, name in below if any(part.startswith(".") for part in name.split("/"))]
-        return [(file, name) for file, name in below if name not in hidden and name.lower().endswith(SUFFIXES)]
-    fixed = path[: min((path.find(c) for c in "*?[" if c in path), default=0)].rpartition("/")[0]
+        return [(file, name) for file, name in below if name.lower().endswith(SUFFIXES) and not _hidden(name)]
+    fixed = re.split(r"[*?[]", path, maxsplit=1)[0].rpartition("/")[0]
     return [(file, file[len(fixed) :].lstrip("/")) for file in fs.glob(path) if fs.isfile(file)]
+
+
+def _hidden(name: str) -> bool:
+    return any(part.startswith(".") for part in name.split("/"))
+
+
+def _distinct(names: dict[str, str]) -> dict[str, str]:
+    """Names by URI, lengthened by parent folders until no two are equal."""
+    while True:
+        times = Counter(names.values())
+        if max(times.values()) == 1:
+            return names
+        names = {
+            uri: name if times[name] == 1 else "/".join(uri.split("/")[-name.count("/") - 2 :])
+            for uri, name in names.items()
+        }
 
 
 def _source(fs: AbstractFileSystem, path: str, name: str) -> Source:
     info = fs.info(path)
-    if "file" in fs.protocol:
+    if isinstance(fs, LocalFileSystem):
         with open(path, "rb") as file:
             checksum = f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
-        return Source(abspath(path), name, info["size"], checksum)
+        return Source(path, name, info["size"], checksum)
     etag = info.get("ETag") or info.get("etag") or info.get("md5Hash") or fs.checksum(path)
-    return Source(fs.unstrip_protocol(path), name, info["size"], f"etag:{str(etag).strip(chr(34))}")
+    return Source(fs.unstrip_protocol(path), name, info["size"], "etag:" + str(etag).strip('"'))
 
 
 def cut_units(sources: list[Source], unit_bytes: int, text_column: str, key: str) -> list[Unit]:
@@ -163,11 +191,8 @@ def _parts(source: Source, text_column: str, key: str) -> Iterator[tuple[Part, i
     if not source.name.lower().endswith(".parquet"):
         yield Part(source.uri, source.name), source.size
         return
-    with _open(source.uri) as file:
-        try:
-            table = pq.ParquetFile(file)
-        except (pa.ArrowInvalid, OSError) as error:
-            raise ConfigError(f"{key}: {source.name!r} is damaged ({' '.join(str(error).split())})") from None
+    with _explained(f"{key}: {source.name!r}"), _open(source.uri) as file:
+        table = pq.ParquetFile(file)
         column = _column(table, text_column, f"{key}: {source.name!r}")
         row = 0
         for group in range(table.metadata.num_row_groups):
@@ -194,11 +219,8 @@ def read_documents(parts: Iterable[Part], text_column: str) -> Iterator[Document
     Raises ConfigError if a file is damaged.
     """
     for part in parts:
-        try:
-            with _open(part.uri) as file:
-                yield from _read(file, part, text_column)
-        except (OSError, EOFError, pa.ArrowInvalid, zstandard.ZstdError) as error:
-            raise ConfigError(f"{part.name!r} cannot be read ({' '.join(str(error).split())})") from None
+        with _explained(repr(part.name)), _open(part.uri) as file:
+            yield from _read(file, part, text_column)
 
 
 def _read(file: BinaryIO, part: Part, text_column: str) -> Iterator[Document]:
@@ -207,11 +229,10 @@ def _read(file: BinaryIO, part: Part, text_column: str) -> Iterator[Document]:
         yield from _read_table(file, part, text_column)
     elif name.endswith(".jsonl"):
         yield from _read_lines(file, part, text_column)
-    elif name.endswith(".jsonl.gz"):
-        yield from _read_lines(gzip.GzipFile(fileobj=file), part, text_column)
-    elif name.endswith(".jsonl.zst"):
-        stream = zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True)
-        yield from _read_lines(io.BufferedReader(stream), part, text_column)
+    elif name.endswith((".jsonl.gz", ".jsonl.zst")):
+        codec = "gzip" if name.endswith(".gz") else "zstd"  # Arrow's streams notice a file that was cut off
+        with pa.CompressedInputStream(file, codec) as stream:
+            yield from _read_lines(io.BufferedReader(stream), part, text_column)
     else:
         yield _decoded(part.name, file.read())
 

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from threading import Lock
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -99,6 +99,12 @@ class ShardWriter:
         if self._pending:
             self._flush()
         self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def _flush(self) -> None:
         rows, self._pending = self._pending, []
@@ -210,6 +216,7 @@ def check_enough(packs: Packs, global_batch: int) -> None:
 def shard_sizes(folder: UPath) -> dict[str, int]:
     """Bytes of each file under `folder`/shards, by its name in the manifest; one listing."""
     shards = folder / "shards"
+    shards.fs.invalidate_cache(shards.path)  # other machines write here
     if not shards.exists():
         return {}
     return {f"shards/{entry['name'].rsplit('/', 1)[-1]}": entry["size"] for entry in shards.fs.ls(shards.path, True)}

@@ -10,7 +10,7 @@ import os
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,9 @@ from pipeline.packing import POLICY, WINDOW_TOKENS, pack
 from pipeline.packs import FORMAT, Packs, Row, ShardWriter, sha256
 from pipeline.storage import is_local, read_json, remove_tree, storage_root, sync_folder, write_atomic, write_json
 from pipeline.tokens import Tokenizer, tokenise
+
+TokenDocument = tuple[str, npt.NDArray[np.int32]]
+"""A document's id and its token ids, (tokens,)."""
 
 SKIPPED_SCHEMA = pa.schema([("document_id", pa.string()), ("reason", pa.string())])
 
@@ -96,29 +99,27 @@ def _pack_units(units: list[Unit], work: "UnitWork", key: str) -> list[dict[str,
     context = ray.data.DataContext.get_current().copy()
     context.enable_progress_bars = sys.stderr.isatty()
     context.print_on_execution_start = False
+    cpus = int(ray.available_resources().get("CPU", 1))
+    actors = ray.data.ActorPoolStrategy(
+        min_size=1, max_size=len(units), initial_size=max(1, min(cpus, len(units))), max_tasks_in_flight_per_actor=1
+    )
+    summaries: dict[int, dict[str, Any]] = {}
     with ray.data.DataContext.current(context):
         table = [{"unit": unit.index, "description": unit.to_json()} for unit in units]
         results = ray.data.from_items(table, override_num_blocks=len(table)).map_batches(
             UnitActor,
-            fn_constructor_args=(
-                work.tokenizer.definition,
-                work.tokenizer.eos,
-                work.row_length,
-                work.text_column,
-                str(work.folder),
-            ),
+            fn_constructor_args=(work.tokenizer.definition, work.tokenizer.eos, work.row_length),
+            fn_constructor_kwargs={"text_column": work.text_column, "folder": str(work.folder)},
             batch_size=1,
             num_cpus=1,
-            compute=ray.data.ActorPoolStrategy(min_size=1, max_size=len(units)),
+            compute=actors,
         )
-        summaries: dict[int, dict[str, Any]] = {}
         for result in results.iter_rows():
             if result["error"]:
                 raise ConfigError(f"{key}: {result['error']}")
-            summary = summaries[result["unit"]] = json.loads(result["summary"])
-            print(
-                f"{key}: {len(summaries)} of {len(units)} units, {summary['tokens']:,} tokens in this one", flush=True
-            )
+            summaries[result["unit"]] = json.loads(result["summary"])
+            tokens = sum(summary["tokens"] for summary in summaries.values())
+            print(f"{key}: {len(summaries)} of {len(units)} units, {tokens:,} tokens", flush=True)
     return [summaries[unit.index] for unit in units]
 
 
@@ -172,11 +173,14 @@ class UnitActor:
             summary = self._work.committed(unit) or self._work.make(unit)
         except ConfigError as error:
             return {"unit": [unit.index], "summary": [""], "error": [str(error)]}
+        except OSError as error:
+            reason = f"the shard cannot be written below run.storage ({' '.join(str(error).split())})"
+            return {"unit": [unit.index], "summary": [""], "error": [reason]}
         return {"unit": [unit.index], "summary": [json.dumps(summary)], "error": [""]}
 
 
 class UnitWork:
-    """Tokenises and packs units of work into their shards; the part that runs on the workers."""
+    """Tokenises and packs units of work into their shards: what the workers do, with nothing of Ray in it."""
 
     def __init__(self, tokenizer: Tokenizer, row_length: int, text_column: str, folder: UPath):
         self.tokenizer = tokenizer
@@ -187,7 +191,7 @@ class UnitWork:
     def committed(self, unit: Unit) -> dict[str, Any] | None:
         """The summary of a unit whose shard is there, whole; None if it has to be made."""
         try:
-            summary = read_json(self._summary(unit))
+            summary = read_json(self.folder / f"units/{unit.index:05d}.json")
             return summary if sha256(self.folder / summary["name"]) == summary["sha256"] else None
         except FileNotFoundError:
             return None
@@ -195,14 +199,12 @@ class UnitWork:
     def make(self, unit: Unit) -> dict[str, Any]:
         """Writes the unit's shard and the list of its skipped documents, then its summary, which commits it."""
         name = f"shards/{unit.index:05d}.parquet"
-        skipped: list[tuple[str, str]] = []
+        documents = UnitDocuments(unit, self.tokenizer, self.text_column)
         with tempfile.TemporaryDirectory(dir=self._scratch()) as scratch:
             shard = os.path.join(scratch, "shard.parquet")
-            writer = ShardWriter(shard, self.row_length)
-            packed = Counter[str]()
-            for row in _rows(self._documents(unit, skipped, packed), self.row_length):
-                writer.write(row)
-            writer.close()
+            with ShardWriter(shard, self.row_length) as writer:
+                for row in _rows(documents, self.row_length):
+                    writer.write(row)
             summary = {
                 "name": name,
                 "rows": writer.rows,
@@ -210,54 +212,55 @@ class UnitWork:
                 "target_tokens": writer.target_tokens,
                 "bytes": os.path.getsize(shard),
                 "sha256": sha256(UPath(shard)),
-                "documents": packed.total(),
-                "skipped": dict(sorted(Counter(reason for _, reason in skipped).items())),
+                "documents": documents.packed,
+                "skipped": dict(sorted(Counter(reason for _, reason in documents.skipped).items())),
             }
             _place(shard, self.folder / name)
-            if skipped:
+            if documents.skipped:
                 listed = os.path.join(scratch, "skipped.parquet")
-                pq.write_table(pa.table(list(zip(*skipped, strict=True)), schema=SKIPPED_SCHEMA), listed)
-                _place(listed, self._skipped(unit))
-        write_json(self._summary(unit), summary)
+                pq.write_table(pa.table(list(zip(*documents.skipped, strict=True)), schema=SKIPPED_SCHEMA), listed)
+                _place(listed, self.folder / f"units/{unit.index:05d}.skipped.parquet")
+        write_json(self.folder / f"units/{unit.index:05d}.json", summary)
         return summary
 
-    def _documents(
-        self, unit: Unit, skipped: list[tuple[str, str]], packed: Counter[str]
-    ) -> Iterator[tuple[str, npt.NDArray[np.int32]]]:
-        """(id, token ids) of the unit's usable documents; the others go to `skipped`."""
-
-        def usable() -> Iterator[Document]:
-            for document in read_documents(unit.parts, self.text_column):
-                if document.skip is None:
-                    yield document
-                else:
-                    skipped.append((document.id, document.skip))
-
-        for document, ids in tokenise(usable(), self.tokenizer):
-            if len(ids) < 2:  # nothing to predict
-                skipped.append((document.id, "too_short"))
-            else:
-                packed["documents"] += 1
-                yield document.id, ids
-
     def _scratch(self) -> str | None:
-        """Where a shard grows: beside its final place, to be renamed; locally before an upload to an object store."""
+        """Where a shard grows: on the disk of its final place, to be renamed; anywhere before an upload."""
         if not is_local(self.folder):
             return None
         scratch = self.folder / "scratch"
         scratch.mkdir(parents=True, exist_ok=True)
-        return scratch.path
-
-    def _summary(self, unit: Unit) -> UPath:
-        return self.folder / f"units/{unit.index:05d}.json"
-
-    def _skipped(self, unit: Unit) -> UPath:
-        return self.folder / f"units/{unit.index:05d}.skipped.parquet"
+        return str(scratch)
 
 
-def _rows(documents: Iterator[tuple[str, npt.NDArray[np.int32]]], row_length: int) -> Iterator[Row]:
+class UnitDocuments:
+    """The usable documents of a unit as (id, token ids); afterwards, how many they were and which others there were."""
+
+    def __init__(self, unit: Unit, tokenizer: Tokenizer, text_column: str):
+        self.packed = 0
+        self.skipped: list[tuple[str, str]] = []
+        self._unit = unit
+        self._tokenizer = tokenizer
+        self._text_column = text_column
+
+    def __iter__(self) -> Iterator[TokenDocument]:
+        for document, ids in tokenise(self._readable(), self._tokenizer):
+            if len(ids) < 2:  # nothing to predict
+                self.skipped.append((document.id, "too_short"))
+            else:
+                self.packed += 1
+                yield document.id, ids
+
+    def _readable(self) -> Iterator[Document]:
+        for document in read_documents(self._unit.parts, self._text_column):
+            if document.skip is None:
+                yield document
+            else:
+                self.skipped.append((document.id, document.skip))
+
+
+def _rows(documents: Iterable[TokenDocument], row_length: int) -> Iterator[Row]:
     """Packs documents window by window: at most WINDOW_TOKENS and one document are held."""
-    window: list[tuple[str, npt.NDArray[np.int32]]] = []
+    window: list[TokenDocument] = []
     tokens = 0
     for document in documents:
         window.append(document)
@@ -268,7 +271,7 @@ def _rows(documents: Iterator[tuple[str, npt.NDArray[np.int32]]], row_length: in
     yield from _packed(window, row_length)
 
 
-def _packed(documents: list[tuple[str, npt.NDArray[np.int32]]], row_length: int) -> Iterator[Row]:
+def _packed(documents: list[TokenDocument], row_length: int) -> Iterator[Row]:
     for pieces in pack([len(ids) for _, ids in documents], row_length):
         ids = [documents[piece.document][1][piece.start : piece.start + piece.length] for piece in pieces]
         lengths = tuple(piece.length for piece in pieces)
