@@ -1,7 +1,7 @@
 """Checkpoints that do not know the world size: commit, verify, restore, retention.
 
-`checkpoints/step-<n>/` is the state after n steps. `manifest.json`, written last, is the commit: a folder without it, or
-with a file that differs from what it lists, is no checkpoint and is never read.
+`checkpoints/step-<n>/` is the state after n steps. `manifest.json`, written last, is the commit: a folder without it,
+or with a file that differs from what it lists, is no checkpoint and is never read.
 
     adapter_model.safetensors, adapter_config.json   fp32 masters in PEFT's form   (adapter.kind: lora)
     model.safetensors                                fp32 masters                  (adapter.kind: full)
@@ -122,7 +122,7 @@ def read_parameters(folder: UPath, network: PeftModel | PreTrainedModel) -> dict
 
 
 def retain(run_folder: UPath, keep_last: int, keep_best: int) -> list[int]:
-    """Deletes all but the newest `keep_last` and the `keep_best` with the lowest eval/loss; returns the deleted steps."""
+    """Deletes all but the newest `keep_last` and the `keep_best` of lowest eval/loss; returns the deleted steps."""
     present = steps(run_folder)
     folders = {step: run_folder / "checkpoints" / f"step-{step}" for step in present}
     losses = {step: read_state(folder).eval_loss for step, folder in folders.items()}

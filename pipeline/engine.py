@@ -21,10 +21,10 @@ from deepspeed.utils import (
     safe_set_local_fp32_param,
     safe_set_local_optimizer_state,
 )
-from longlora.segments import plan_segments
 from torch import Tensor
 
 from longlora.model import LongContextModel
+from longlora.segments import plan_segments
 from pipeline.config import Config
 from pipeline.feed import MicroBatch
 from pipeline.optimizer import set_learning_rate
@@ -82,6 +82,7 @@ class TrainingEngine:
             dist_init_required=False,
         )
         self.device = self.engine.device
+        self._create_moments()
 
     @property
     def model(self) -> LongContextModel:
@@ -162,17 +163,26 @@ class TrainingEngine:
             raise ValueError(
                 f"the checkpoint holds other parameters than the model trains: {odd[0]} ({len(odd)} in all)"
             )
-        self._materialise_moments(adam_step)
+        for partition in self._flat_partitions():
+            self.engine.optimizer.optimizer.state[partition]["step"].fill_(adam_step)
         for name, parameter in named.items():
             self._set_parameter(parameter, state[name])
 
-    def _materialise_moments(self, adam_step: int) -> None:
-        """Creates Adam's state, which DeepSpeed and torch would only create at the first step."""
+    def _flat_partitions(self) -> list[Tensor]:
+        """This rank's fp32 partitions, by which Adam's state is keyed."""
         zero = self.engine.optimizer
-        flat = zero.fp32_partitioned_groups_flat if self.zero_stage == 3 else zero.single_partition_of_fp32_groups
-        for partition in flat:
+        return zero.fp32_partitioned_groups_flat if self.zero_stage == 3 else zero.single_partition_of_fp32_groups
+
+    def _create_moments(self) -> None:
+        """Creates Adam's state, and links it to the parameters, before the first step.
+
+        DeepSpeed links it after the first *group* of the first step, when the other groups have none yet (stages 1
+        and 2), so that their moments could not be read; and a restore needs the state to be there.
+        """
+        zero = self.engine.optimizer
+        for partition in self._flat_partitions():
             zero.optimizer.state[partition] = {
-                "step": torch.tensor(float(adam_step)),
+                "step": torch.tensor(0.0),
                 **{key: torch.zeros_like(partition) for key in MOMENTS},
             }
         if self.zero_stage != 3:
@@ -213,4 +223,5 @@ def filler() -> MicroBatch:
         rows=(2,),
         sequences=(),
         positions=(),
+        target_tokens=0,
     )

@@ -1,7 +1,7 @@
 """What each step trained and what happened to the run: JSON lines with one writer.
 
-`ledger/attempt-<k>.jsonl` holds a line a step and a line an event, in the order they happened; an attempt is one start of
-the worker group. A step's line says what was *trained*; it counts once a later committed checkpoint contains it.
+`ledger/attempt-<k>.jsonl` holds a line a step and a line an event, in the order they happened; an attempt is one start
+of the worker group. A step's line says what was *trained*; it counts once a later committed checkpoint contains it.
 """
 
 import json

@@ -3,7 +3,6 @@
 Workers come and go; what they trained is told here, once a step, by rank 0.
 """
 
-import time
 from collections import deque
 from dataclasses import dataclass
 from typing import Any
@@ -87,7 +86,9 @@ class RunLog:
         self.tracker.metrics({"eval/loss": loss}, step=step, tokens=step * self._tokens_per_step)
 
     def event(self, event: str, step: int, details: dict[str, Any]) -> None:
-        self.ledger.write(Event(event, step, details=details))
+        """Something happened after `step` steps. What happens before any worker has started has no attempt to be in."""
+        if self.status_now.attempt:
+            self.ledger.write(Event(event, step, details=details))
 
     def metrics(self, values: dict[str, float], step: int) -> None:
         self.tracker.metrics(values, step)
@@ -96,11 +97,11 @@ class RunLog:
         """Returns when the ledger is on disk."""
         self.ledger.sync()
 
-    def fail(self, error: str, step: int) -> None:
-        """Records the reason for which the run must end."""
-        self.status_now.error = error
-        if self.ledger.attempt:
-            self.ledger.write(Event("error", step, details={"error": error, "time": time.time()}))
+    def fail(self, error: str) -> None:
+        """Records the reason for which the run must end; the first that is named counts."""
+        if not self.status_now.error:
+            self.status_now.error = error
+            self.event("error", self.status_now.step, {"error": error})
 
     def status(self) -> Status:
         return self.status_now

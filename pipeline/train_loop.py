@@ -17,7 +17,7 @@ from pipeline.engine import TrainingEngine
 from pipeline.feed import Feed, MicroBatch, collate
 from pipeline.ledger import StepRecord, token_hash
 from pipeline.optimizer import build_optimizer, learning_rate
-from pipeline.order import positions_of_step, share
+from pipeline.order import positions_of_step, sequences_at, share
 from pipeline.packs import Packs
 
 
@@ -127,7 +127,8 @@ class Worker:
         config, start = self.config, time.perf_counter()
         batches = self.feed.step(step)
         positions = positions_of_step(step, config.optimization.global_batch)
-        target_tokens = self.feed.target_tokens(step)
+        sequences = sequences_at(positions, config.run.seed, self.packs.count)
+        target_tokens = sum(self.packs.target_tokens(sequence) for sequence in sequences)
         result = self.engine.accumulate(batches, group_size_at(step, config), target_tokens)
         trained = self._gather(batches, result.losses)
         rate = learning_rate(step, config.optimization)
