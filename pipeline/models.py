@@ -1,0 +1,126 @@
+"""The models of a run, as plain transformers models with dense attention.
+
+They are what is evaluated, exported and generated from; training builds its own (S²-Attn, adapters apart).
+"""
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+import torch
+import yaml
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from upath import UPath
+
+from longlora.merge import merged_model
+from longlora.model import build_base
+from pipeline import checkpoints
+from pipeline.config import Config, ConfigError, local_path, parse_config
+from pipeline.storage import is_local
+
+
+def run_config(run_folder: UPath) -> Config:
+    """The config that a run was started with, as saved in its folder."""
+    path = run_folder / "config.yaml"
+    if not path.exists():
+        raise ConfigError(f"{run_folder}: is no run folder, it has no config.yaml")
+    return parse_config(yaml.safe_load(path.read_text(encoding="utf-8")))
+
+
+def newest_checkpoint(run_folder: UPath) -> UPath:
+    """The newest checkpoint that verifies; ConfigError if there is none."""
+    folder = checkpoints.newest(run_folder)
+    if folder is None:
+        raise ConfigError(f"{run_folder}: has no checkpoint; train first")
+    return folder
+
+
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def published_config(config: Config) -> PreTrainedConfig:
+    """The transformers config of `model.base` as published."""
+    return AutoConfig.from_pretrained(local_path(config.model.base or ""), revision=config.model.revision)
+
+
+def native_length(config: Config) -> int:
+    """The context of `model.base` as published, in tokens; `context.length` for a random model, which has no other."""
+    return config.context.length if config.model.base is None else published_config(config).max_position_embeddings
+
+
+def base_model(config: Config) -> PreTrainedModel:
+    """`model.base` as published, in `model.dtype`."""
+    return _built(config, None, native_length(config), "model")
+
+
+def extended_base(config: Config) -> PreTrainedModel:
+    """The untrained model with its context extended to `context.length`: the base, or a random one (`architecture`)."""
+    return _built(config, config.context.rope, config.context.length, config.model.sliding_window)
+
+
+def trained_model(config: Config, checkpoint: UPath) -> PreTrainedModel:
+    """The model of a checkpoint in `model.dtype`: adapters merged into the base, or all weights (`adapter.kind: full`).
+
+    ConfigError if the base is not the one that was trained.
+    """
+    if config.model.base is not None:
+        _check_base(config.model.base, checkpoint)
+    with local_weights(checkpoint) as folder:
+        if (folder / "adapter_config.json").exists():
+            return merged_model(extended_base(config), folder)
+        dtype = getattr(torch, config.model.dtype)
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True)
+
+
+def tokenizer_of(config: Config) -> PreTrainedTokenizerBase:
+    source = config.model.tokenizer_source
+    revision = config.model.revision if source == config.model.base else None
+    return AutoTokenizer.from_pretrained(local_path(source), revision=revision)
+
+
+@contextmanager
+def local_weights(checkpoint: UPath) -> Iterator[Path]:
+    """A local folder with the checkpoint's config and weights: the checkpoint itself, or a temporary copy of them."""
+    if is_local(checkpoint):
+        yield Path(str(checkpoint))
+        return
+    with tempfile.TemporaryDirectory(prefix="longlora-") as folder:
+        for path in checkpoint.iterdir():
+            if path.name.endswith((".json", ".safetensors")) and not path.name.startswith("optimizer-"):
+                path.fs.get(path.path, str(Path(folder) / path.name))
+        yield Path(folder)
+
+
+def _built(config: Config, rope: str | None, length: int, sliding_window: Literal["model"] | None) -> PreTrainedModel:
+    model = config.model
+    return build_base(
+        local_path(model.base) if model.base else None,
+        model.architecture,
+        dtype=getattr(torch, model.dtype),
+        rope=rope,
+        context_length=length,
+        sliding_window=sliding_window,
+        gradient_checkpointing=False,
+        init_seed=config.run.seed,
+        attention="sdpa",
+        revision=model.revision,
+    )
+
+
+def _check_base(base: str, checkpoint: UPath) -> None:
+    then, now = checkpoints.read_state(checkpoint).base_fingerprint, checkpoints.base_fingerprint(local_path(base))
+    if now != then:
+        raise ConfigError(
+            f"model.base = {base!r}: its weights differ from those that {checkpoint} was trained on "
+            f"({then} then, {now} now)"
+        )
