@@ -79,5 +79,5 @@ def _batch(row: torch.Tensor, run: Run) -> torch.Tensor:
 
 
 def _row(batch: torch.Tensor) -> torch.Tensor:
-    """(repeats, heads, length, d) → (repeats · length, heads, d); a view where the operator puts heads inside tokens."""
+    """(repeats, heads, length, d) → (repeats · length, heads, d): a view, for the operator lays heads inside tokens."""
     return batch.transpose(1, 2).flatten(0, 1)
