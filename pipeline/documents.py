@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from os.path import expanduser
 from typing import Any, BinaryIO, Literal
 
@@ -61,9 +61,11 @@ class Part:
 
     uri: str
     name: str
-    row_groups: tuple[int, int] | None = None
-    """First and end, in a Parquet file."""
+    first_group: int | None = None
+    """Row groups [first_group, end_group) of a Parquet file; None for a whole file."""
+    end_group: int = 0
     first_row: int = 0
+    """Row of the file that the first group begins with."""
 
 
 @dataclass(frozen=True)
@@ -180,8 +182,8 @@ def cut_units(sources: list[Source], unit_bytes: int, text_column: str, key: str
 def _extend(parts: list[Part], part: Part) -> None:
     """Appends `part`, or lengthens the last part by it where it goes on in the same file."""
     last = parts[-1] if parts else None
-    if last and last.row_groups and part.row_groups and last.uri == part.uri:
-        parts[-1] = Part(last.uri, last.name, (last.row_groups[0], part.row_groups[1]), last.first_row)
+    if last and last.uri == part.uri and last.end_group == part.first_group:
+        parts[-1] = replace(last, end_group=part.end_group)
     else:
         parts.append(part)
 
@@ -198,7 +200,7 @@ def _parts(source: Source, text_column: str, key: str) -> Iterator[tuple[Part, i
         for group in range(table.metadata.num_row_groups):
             metadata = table.metadata.row_group(group)
             size = metadata.column(column).total_uncompressed_size
-            yield Part(source.uri, source.name, (group, group + 1), row), size
+            yield Part(source.uri, source.name, group, group + 1, row), size
             row += metadata.num_rows
 
 
@@ -239,7 +241,7 @@ def _read(file: BinaryIO, part: Part, text_column: str) -> Iterator[Document]:
 
 def _read_table(file: BinaryIO, part: Part, text_column: str) -> Iterator[Document]:
     table = pq.ParquetFile(file)
-    groups = list(range(*part.row_groups)) if part.row_groups else None
+    groups = None if part.first_group is None else list(range(part.first_group, part.end_group))
     row = part.first_row
     for batch in table.iter_batches(PARQUET_BATCH, groups, [text_column], use_threads=False):
         texts = batch.column(0)  # as bytes: Parquet does not promise that its text is UTF-8

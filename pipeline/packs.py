@@ -4,6 +4,7 @@
         shards/00000.parquet …   one per unit of work; columns as in SCHEMA
         units/00000.json …       its summary, which commits it
         skipped.parquet          documents that were left out, and why
+        tokenizer.json           what the ids mean
         manifest.json            written last: sizes, sha256, first sequence of each shard
 
 Sequences are dense from 0: sequence q is row q - first_sequence of the last shard whose first_sequence is ≤ q.

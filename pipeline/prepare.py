@@ -64,8 +64,8 @@ def _prepare(config: Config, tokenizer: Tokenizer, entries: list[str], key: str)
             return folder
     units = cut_units(sources, config.data.unit_mb * 10**6, config.data.text_column, key)
     print(f"{key}: {len(sources)} files, {len(units)} units of work → {folder}", flush=True)
-    work = UnitWork(tokenizer, config.context.length, config.data.text_column, folder)
-    summaries = _pack_units(units, work, key)
+    write_atomic(folder / "tokenizer.json", tokenizer.definition.encode())
+    summaries = _pack_units(units, (str(folder), tokenizer.eos, config.context.length, config.data.text_column), key)
     _commit(folder, {"fingerprint": fingerprint, **content}, summaries, key)
     return folder
 
@@ -92,7 +92,7 @@ def _content(config: Config, tokenizer: Tokenizer, sources: list[Source]) -> dic
     }
 
 
-def _pack_units(units: list[Unit], work: "UnitWork", key: str) -> list[dict[str, Any]]:
+def _pack_units(units: list[Unit], work: tuple[str, int | None, int, str], key: str) -> list[dict[str, Any]]:
     """The summaries of all units, in order. Ray Data spreads the units over the cluster's CPUs."""
     import ray
 
@@ -108,8 +108,7 @@ def _pack_units(units: list[Unit], work: "UnitWork", key: str) -> list[dict[str,
         table = [{"unit": unit.index, "description": unit.to_json()} for unit in units]
         results = ray.data.from_items(table, override_num_blocks=len(table)).map_batches(
             UnitActor,
-            fn_constructor_args=(work.tokenizer.definition, work.tokenizer.eos, work.row_length),
-            fn_constructor_kwargs={"text_column": work.text_column, "folder": str(work.folder)},
+            fn_constructor_args=work,
             batch_size=1,
             num_cpus=1,
             compute=actors,
@@ -163,9 +162,10 @@ def _write_skipped(folder: UPath) -> None:
 class UnitActor:
     """Ray Data's stage: one row is a unit in, its summary, or what is wrong with its files, out."""
 
-    def __init__(self, definition: str, eos: int | None, row_length: int, text_column: str, folder: str):
+    def __init__(self, folder: str, eos: int | None, row_length: int, text_column: str):
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # an actor has one CPU
-        self._work = UnitWork(Tokenizer(definition, eos), row_length, text_column, UPath(folder))
+        tokenizer = Tokenizer((UPath(folder) / "tokenizer.json").read_text(encoding="utf-8"), eos)
+        self._work = UnitWork(tokenizer, row_length, text_column, UPath(folder))
 
     def __call__(self, batch: dict[str, npt.NDArray[Any]]) -> dict[str, list[Any]]:
         unit = Unit.from_json(str(batch["description"][0]))

@@ -1,0 +1,140 @@
+"""Packs into micro-batches: targets, positions, hashes, read-ahead."""
+
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.feed import NO_TARGET, Feed, collate
+from pipeline.order import positions_of_step, sequences_at
+from pipeline.packs import Row, row_hash
+
+
+class MemoryPacks:
+    """The part of Packs that a feed uses: `count` rows of two documents each."""
+
+    def __init__(self, count: int):
+        self.count = count
+        self.read: list[int] = []
+        self.threads: set[str] = set()
+
+    def row(self, sequence: int) -> Row:
+        self.read.append(sequence)
+        self.threads.add(threading.current_thread().name)
+        lengths = (2, sequence % 5 + 1)
+        return Row(np.arange(sum(lengths), dtype=np.int32) + 10 * sequence, lengths, ("a", "b"))
+
+
+def row(ids: list[int], *lengths: int, mask: list[int] | None = None) -> Row:
+    target_mask = None if mask is None else np.array(mask, bool)
+    return Row(np.array(ids, np.int32), lengths, tuple(map(str, lengths)), target_mask)
+
+
+def test_a_micro_batch_by_hand() -> None:
+    batch = collate([row([5, 6, 7, 8, 9], 3, 2), row([1, 2], 2)], [40, 41], [7, 8])
+    assert batch.input_ids.tolist() == [[5, 6, 7, 8, 9, 1, 2]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 0, 1, 0, 1]]
+    assert batch.targets.tolist() == [6, 7, NO_TARGET, 9, NO_TARGET, 2, NO_TARGET]
+    assert (batch.document_lengths, batch.rows) == ((3, 2, 2), (5, 2))
+    assert (batch.sequences, batch.positions, batch.target_tokens) == ((40, 41), (7, 8), 4)
+    assert batch.input_ids.dtype == batch.position_ids.dtype == batch.targets.dtype == torch.int64
+
+
+def test_a_mask_says_which_tokens_are_targets() -> None:
+    masked = row([5, 6, 7, 8, 9], 3, 2, mask=[1, 0, 1, 1, 1])
+    batch = collate([masked, row([1, 2, 3], 3)], [0, 1], [0, 1])
+    # token 6 is masked; 5 and 8 are first in their documents, whatever the mask says
+    assert batch.targets.tolist() == [NO_TARGET, 7, NO_TARGET, 9, NO_TARGET, 2, 3, NO_TARGET]
+    assert batch.target_tokens == 4 == masked.target_tokens + 2
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_target_tokens_agree_with_the_packs(seed: int) -> None:
+    draw = np.random.default_rng(seed)
+    rows = []
+    for _ in range(draw.integers(1, 5)):
+        lengths = draw.integers(1, 6, size=draw.integers(1, 5))
+        ids = draw.integers(0, 99, size=lengths.sum())
+        rows.append(row(ids.tolist(), *lengths.tolist(), mask=draw.integers(0, 2, size=len(ids)).tolist()))
+    batch = collate(rows, range(len(rows)), range(len(rows)))
+    assert batch.target_tokens == sum(r.target_tokens for r in rows)
+    assert batch.hashes() == [row_hash(r.input_ids, r.document_lengths) for r in rows]
+
+
+def test_hashes_come_from_the_tensors() -> None:
+    rows = [row([5, 6, 7, 8], 3, 1), row([1, 2], 1, 1)]
+    batch = collate(rows, [0, 1], [0, 1])
+    right = [row_hash(r.input_ids, r.document_lengths) for r in rows]
+    assert batch.hashes() == right
+    batch.input_ids[0, 5] += 1
+    assert batch.hashes()[0] == right[0] and batch.hashes()[1] != right[1]
+    batch.input_ids[0, 5] -= 1
+    batch.position_ids[0, 3] = 3  # the second document joined to the first
+    assert batch.hashes()[0] != right[0] and batch.hashes()[1] == right[1]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5, 8])
+@pytest.mark.parametrize("micro_batch", [1, 4])
+def test_all_workers_together_feed_the_step(world_size: int, micro_batch: int) -> None:
+    packs = MemoryPacks(50)
+    feeds = [Feed(packs, 3, 12, micro_batch, world_size, rank) for rank in range(world_size)]
+    for step in (0, 1, 4):
+        batches = [batch for feed in feeds for batch in feed.step(step)]
+        positions = positions_of_step(step, 12)
+        assert [p for batch in batches for p in batch.positions] == list(positions)
+        assert [s for batch in batches for s in batch.sequences] == sequences_at(positions, 3, 50)
+        assert all(len(batch.rows) <= micro_batch for batch in batches)
+        ids = torch.cat([batch.input_ids[0] for batch in batches])
+        assert ids.tolist() == np.concatenate([packs.row(s).input_ids for s in sequences_at(positions, 3, 50)]).tolist()
+    for feed in feeds:
+        feed.close()
+
+
+def test_a_worker_without_a_share_gets_nothing() -> None:
+    with Feed(MemoryPacks(10), 0, 2, 1, 3, 0) as feed:
+        assert feed.step(0) == []
+
+
+def test_the_next_step_is_read_ahead_in_one_thread() -> None:
+    packs = MemoryPacks(50)
+    with Feed(packs, 0, 4, 2, 1, 0) as feed:
+        feed.step(5)
+        feed.step(6)  # was read, or is being read, in the background; asks for step 7
+    assert packs.read[:8] == sequences_at(range(20, 28), 0, 50)
+    assert set(packs.read[8:]) <= set(sequences_at(range(28, 32), 0, 50))
+    assert packs.threads == {"feed_0"}
+    assert not any(thread.name.startswith("feed") for thread in threading.enumerate())
+
+
+def test_any_step_may_be_asked_for() -> None:
+    with Feed(MemoryPacks(50), 0, 4, 2, 1, 0) as feed:
+        for step in (3, 10, 3, 4, 0):
+            assert [p for batch in feed.step(step) for p in batch.positions] == list(positions_of_step(step, 4))
+
+
+def test_what_reading_raises_reaches_the_loop() -> None:
+    packs = MemoryPacks(50)
+    bad = sequences_at(positions_of_step(2, 4), 0, 50)[1]
+    original = packs.row
+
+    def fail(sequence: int) -> Row:
+        if sequence == bad:
+            raise OSError(f"sequence {sequence} cannot be read")
+        return original(sequence)
+
+    packs.row = fail
+    with Feed(packs, 0, 4, 2, 1, 0) as feed:
+        feed.step(0)
+        feed.step(1)  # reads step 2 ahead, which fails, but not here
+        with pytest.raises(OSError, match=f"sequence {bad} cannot be read"):
+            feed.step(2)
+        feed.step(3)
+    assert not any(thread.name.startswith("feed") for thread in threading.enumerate())
+
+
+def test_a_batch_moves_to_a_device() -> None:
+    batch = collate([row([5, 6, 7], 3)], [4], [9])
+    moved = batch.to("meta")
+    assert moved.input_ids.device.type == moved.position_ids.device.type == moved.targets.device.type == "meta"
+    assert (moved.rows, moved.sequences, moved.target_tokens) == (batch.rows, batch.sequences, batch.target_tokens)
