@@ -31,13 +31,14 @@ SHAPES = {
 }
 # Trained weights and all weights, counted by hand: LoRA has r (d_in + d_out) on each of q, k, v and o, embeddings V·h,
 # norms (2·layers + 1)·h.
+TINY = 2048 * 256 + 4 * (256 * (256 + 128 + 128 + 256) + 3 * 256 * 512) + 9 * 256
 WEIGHTS = {
     "llama2-7b-32k-8xa100": (8 * 4 * 8192 * 32 + 32000 * 4096 + 65 * 4096, 6_738_415_616),
     "llama2-7b-100k-8xa100": (8 * 4 * 8192 * 32 + 32000 * 4096 + 65 * 4096, 6_738_415_616),
     "llama3-8b-64k-8xh100": (8 * (2 * 8192 + 2 * 5120) * 32 + 128256 * 4096 + 65 * 4096, 8_030_261_248),
     "llama2-70b-32k-8xa100": (8 * (2 * 16384 + 2 * 9216) * 80 + 32000 * 8192 + 161 * 8192, 68_976_648_192),
-    "quickstart": (8 * (2 * 512 + 2 * 384) * 4 + 2048 * 256 + 9 * 256, 2_886_912),
-    "tiny-llama-pretrain": (2_886_912, 2_886_912),
+    "quickstart": (8 * (2 * 512 + 2 * 384) * 4 + 2048 * 256 + 9 * 256, TINY),
+    "tiny-llama-pretrain": (TINY, TINY),
 }
 
 
