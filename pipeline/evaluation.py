@@ -86,7 +86,7 @@ def context_use_of(run_folder: UPath, blocks: int) -> Row:
     config = models.run_config(run_folder)
     config = config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"context_blocks": blocks})})
     targets = select_targets(config, held_out_documents(config), Console(stderr=True))
-    model = models.trained_model(config, models.newest_checkpoint(run_folder)).to(models.device())
+    model = models.placed(models.trained_model(config, models.newest_checkpoint(run_folder)))
     losses = context_use(model, targets.blocks, targets.contexts)
     return context_report(_context_rows(config.run.name, losses), len(targets.blocks))
 
@@ -153,7 +153,7 @@ def _measure(config: Config, checkpoint: UPath, targets: Targets, console: Conso
         task = bar.add_task("", total=len(candidates) * whole + len(targets.blocks) * sum(targets.contexts))
         for name, load in candidates:
             bar.update(task, description=f"loading {name}")
-            model = load().to(models.device())
+            model = models.placed(load())
             for length in targets.lengths:
                 bar.update(task, description=f"{name} at {length:,}")
                 result = perplexity(model, targets.pieces, length, progress=lambda n: bar.advance(task, n))

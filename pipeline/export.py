@@ -34,12 +34,13 @@ def export(config: Config, run_folder: UPath) -> UPath:
     """
     checkpoint = models.newest_checkpoint(run_folder)
     destination = run_folder / "export"
-    made_from = {"step": checkpoints.read_state(checkpoint).step, "dtype": config.model.dtype}
+    step = checkpoints.read_state(checkpoint).step
+    made_from = {"step": step, "dtype": config.model.dtype}
     if is_current(destination, made_from):
         return destination
     try:
         with _workplace(run_folder) as folder:
-            _save(config, models.trained_model(config, checkpoint), made_from["step"], folder)
+            _save(config, models.trained_model(config, checkpoint), step, folder)
             write_json(UPath(folder / MANIFEST), {**made_from, "files": _files(folder)})
             (_rename if is_local(destination) else _upload)(folder, destination)
     except (OSError, SafetensorError) as error:
@@ -60,8 +61,8 @@ def is_current(folder: UPath, made_from: dict[str, Any]) -> bool:
 def _workplace(run_folder: UPath) -> Iterator[Path]:
     """A local folder to make the export in, gone afterwards: beside its place, so that renaming moves no data."""
     if not is_local(run_folder):
-        with tempfile.TemporaryDirectory(prefix="longlora-") as parent:
-            yield Path(parent) / "export"
+        with tempfile.TemporaryDirectory(prefix="longlora-") as elsewhere:
+            yield Path(elsewhere) / "export"
         return
     parent = Path(str(run_folder)) / UNFINISHED
     shutil.rmtree(parent, ignore_errors=True)  # of an export that was killed
@@ -87,7 +88,8 @@ def _generation_config(config: Config, tokenizer: PreTrainedTokenizerBase) -> Ge
     """That of the base, its limit raised to `context.length`; without one, what the tokenizer's special tokens say."""
     if config.model.base is not None:
         try:
-            base = GenerationConfig.from_pretrained(local_path(config.model.base), revision=config.model.revision)
+            revision = config.model.revision or "main"
+            base = GenerationConfig.from_pretrained(local_path(config.model.base), revision=revision)
         except OSError:
             pass  # transformers' way to say that there is no generation_config.json
         else:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftConfig
@@ -46,7 +46,7 @@ def generate(model: str, prompt: str, max_new_tokens: int, temperature: float, s
 
     def continue_prompt() -> None:
         try:
-            network.generate(
+            cast(Any, network).generate(
                 inputs,
                 attention_mask=torch.ones_like(inputs),
                 max_new_tokens=max_new_tokens,
@@ -79,7 +79,7 @@ def load(model: str) -> Loaded:
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(f"--model {model}: cannot be loaded ({str(error).strip().splitlines()[0]})") from None
-    return network.to(models.device()), tokenizer
+    return models.placed(network), tokenizer
 
 
 def _from_run(run: UPath, checkpoint: UPath) -> Loaded:

@@ -11,6 +11,7 @@ from typing import Literal
 
 import torch
 import yaml
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -44,8 +45,9 @@ def newest_checkpoint(run_folder: UPath) -> UPath:
     return folder
 
 
-def device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def placed(model: PreTrainedModel) -> PreTrainedModel:
+    """`model` on the GPU, if there is one."""
+    return nn.Module.to(model, "cuda" if torch.cuda.is_available() else "cpu")
 
 
 def published_config(config: Config) -> PreTrainedConfig:
