@@ -1,8 +1,10 @@
 """The connection to Ray: the cluster that the job runs on, or one of our own on this machine."""
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from pipeline.config import REPOSITORY, Config
 
@@ -13,7 +15,7 @@ TRAIN_SETTINGS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
 }
-WORKER_ENVIRONMENT = {"TOKENIZERS_PARALLELISM": "false", "RAY_DEDUP_LOGS": "0"}
+WORKER_ENVIRONMENT = {"TOKENIZERS_PARALLELISM": "false"}
 
 
 @contextmanager
@@ -27,9 +29,11 @@ def ray_session(config: Config) -> Iterator[None]:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import ray
 
-    environment = {"env_vars": {"PYTHONPATH": str(REPOSITORY), **WORKER_ENVIRONMENT}}
+    # DeepSpeed compiles its CPU op with the ninja that it finds first: it must be the environment's, here and there.
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    environment = {"env_vars": {"PYTHONPATH": str(REPOSITORY), "PATH": path, **WORKER_ENVIRONMENT}}
     if os.environ.get("RAY_ADDRESS"):
-        ray.init(runtime_env=environment, log_to_driver=True, logging_level="warning")
+        ray.init(runtime_env=environment, log_to_driver=False, logging_level="error")
     else:
         # Worker CPUs are a number to Ray, not a reservation of cores: a laptop with fewer can still run the recipe.
         workers = int(config.workers.max * config.workers.cpus)
@@ -38,8 +42,8 @@ def ray_session(config: Config) -> Iterator[None]:
             num_cpus=max(workers + 1, os.cpu_count() or 1),
             include_dashboard=False,
             runtime_env=environment,
-            log_to_driver=True,
-            logging_level="warning",
+            log_to_driver=False,  # the run's status line says what happens; workers' output is in Ray's log folder
+            logging_level="error",
         )
     try:
         yield

@@ -1,0 +1,59 @@
+from dataclasses import replace
+
+import pytest
+from upath import UPath
+
+from pipeline.ledger import Event, LedgerWriter, StepRecord, read_ledger, token_hash, trained_steps
+
+RECORD = StepRecord(
+    step=0,
+    world_size=2,
+    first_position=0,
+    sequences=[3, 1],
+    token_hash=token_hash([7, 9]),
+    loss=2.5,
+    target_tokens=62,
+    time=1.0,
+)
+
+
+def test_lines_read_back_in_order_with_their_attempt(tmp_path: object) -> None:
+    writer = LedgerWriter(UPath(tmp_path))
+    assert writer.start_attempt() == 1
+    writer.write(Event("start", 0, time=1.0, details={"world_size": 2}))
+    writer.write(RECORD)
+    assert writer.start_attempt() == 2
+    writer.write(replace(RECORD, loss=2.25))
+    writer.close()
+    lines = list(read_ledger(UPath(tmp_path)))
+    assert [attempt for attempt, _ in lines] == [1, 1, 2]
+    assert lines[1][1] == RECORD
+    assert trained_steps(UPath(tmp_path))[0].loss == 2.25
+
+
+def test_a_new_writer_goes_on_with_the_next_attempt(tmp_path: object) -> None:
+    for expected in (1, 2, 3):
+        writer = LedgerWriter(UPath(tmp_path))
+        assert writer.start_attempt() == expected
+        writer.close()
+
+
+def test_a_line_cut_by_a_crash_is_left_out(tmp_path: object) -> None:
+    writer = LedgerWriter(UPath(tmp_path))
+    writer.start_attempt()
+    writer.write(RECORD)
+    writer.close()
+    path = UPath(tmp_path) / "ledger" / "attempt-1.jsonl"
+    path.write_text(path.read_text() + '{"step": 1, "wor')
+    assert [line for _, line in read_ledger(UPath(tmp_path))] == [RECORD]
+
+
+def test_writing_before_an_attempt_is_refused(tmp_path: object) -> None:
+    with pytest.raises(RuntimeError, match="start_attempt"):
+        LedgerWriter(UPath(tmp_path)).write(RECORD)
+
+
+def test_the_token_hash_knows_content_and_order() -> None:
+    assert token_hash([7, 9]) != token_hash([9, 7])
+    assert token_hash([7, 9]) != token_hash([7, 8])
+    assert token_hash([7, 9]) == token_hash([7, 9])
