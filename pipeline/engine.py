@@ -22,6 +22,7 @@ from deepspeed.utils import (
     safe_set_local_optimizer_state,
 )
 from torch import Tensor
+from transformers.integrations import HfDeepSpeedConfig
 
 from longlora.model import LongContextModel
 from longlora.segments import plan_segments
@@ -65,6 +66,14 @@ def deepspeed_config(config: Config) -> dict[str, Any]:
             "contiguous_gradients": True,
         },
     }
+
+
+def partitioned_loading(config: Config) -> HfDeepSpeedConfig | None:
+    """ZeRO-3: while the returned object lives, transformers gives each rank its share of every weight that it loads.
+
+    Without it each rank would hold the whole base in host memory before DeepSpeed partitions it.
+    """
+    return HfDeepSpeedConfig(deepspeed_config(config)) if config.workers.zero_stage == 3 else None
 
 
 class TrainingEngine:

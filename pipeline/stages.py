@@ -1,12 +1,11 @@
 """The flow of a run: prepare → train → evaluate → export, each skipped where it is done."""
 
 import os
-from pathlib import Path
 
 from upath import UPath
 
 from pipeline.config import Config, ConfigError, local_path, parse_config
-from pipeline.session import ray_session
+from pipeline.session import ray_session, run_where_the_gpus_are
 from pipeline.storage import run_folder, write_atomic
 
 
@@ -23,7 +22,7 @@ def run_stages(config: Config, command: str) -> None:
     if command in ("run", "export"):
         from pipeline.export import export
 
-        print(f"exported to {export(config, folder)}")
+        print(f"exported to {run_where_the_gpus_are(config, export, config, folder)}")
 
 
 def check_model(config: Config) -> None:
@@ -75,11 +74,11 @@ def _evaluate(config: Config, folder: UPath) -> None:
     from pipeline.evaluation import evaluate
     from pipeline.tracking import Tracker
 
-    metrics: dict[str, float] = evaluate(config, folder)
+    metrics = run_where_the_gpus_are(config, evaluate, config, folder)
     if metrics:
         tracker = Tracker(config, folder)
         tracker.metrics(metrics, step=config.optimization.steps)
-        tracker.artifacts(Path(str(folder / "evaluation")))
+        tracker.artifacts(folder / "evaluation")
         tracker.close("FINISHED")
 
 

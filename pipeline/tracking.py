@@ -2,6 +2,7 @@
 
 import os
 import queue
+import tempfile
 import threading
 import time
 from collections.abc import Sequence
@@ -63,9 +64,13 @@ class Tracker:
         """The last step of `metric` that the server has; -1 if it has none."""
         return max((point.step for point in self.client.get_metric_history(self.run_id, metric)), default=-1)
 
-    def artifacts(self, folder: Path) -> None:
-        """Uploads the files of a folder under its name."""
-        self.client.log_artifacts(self.run_id, str(folder), artifact_path=folder.name)
+    def artifacts(self, folder: UPath) -> None:
+        """Uploads the files of a folder, local or on an object store, under its name."""
+        with tempfile.TemporaryDirectory() as scratch:
+            if not is_local(folder):
+                folder.fs.get(folder.path, scratch, recursive=True)
+            local = str(folder) if is_local(folder) else str(Path(scratch) / folder.name)
+            self.client.log_artifacts(self.run_id, local, artifact_path=folder.name)
 
     def close(self, status: str, patience_s: float = 30.0) -> None:
         """Sends what is queued, waiting at most `patience_s`, and ends the run as FINISHED, FAILED or KILLED."""

@@ -18,7 +18,7 @@ from pipeline.packs import Packs, check_enough
 from pipeline.prepare import PreparedPacks
 from pipeline.progress import show_progress
 from pipeline.run_log import RunLog
-from pipeline.session import uses_gpu
+from pipeline.session import on_cluster, uses_gpu
 from pipeline.train_loop import Assignment
 from pipeline.train_worker import train_worker
 
@@ -106,21 +106,16 @@ def _start_run_log(config: Config, run_folder: UPath) -> Any:
 
 
 def _check_resources(config: Config) -> None:
-    """ConfigError if the smallest worker group asks for what no node of a cluster without autoscaler has."""
+    """ConfigError if a worker asks for what this machine does not have."""
     wanted = {"CPU": config.workers.cpus, **config.workers.resources, **({"GPU": 1} if uses_gpu(config) else {})}
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     for name, amount in wanted.items():
         largest = max((node.get(name, 0) for node in nodes), default=0)
-        if largest < amount and not _autoscaling():
+        if largest < amount and not on_cluster():  # on a cluster the autoscaler may bring such a node
             raise ConfigError(
                 f"workers: each needs {amount:g} {name}, and the largest node has {largest:g}; "
                 "lower the request or add such a node"
             )
-
-
-def _autoscaling() -> bool:
-    """Whether an autoscaler may still bring the nodes that are missing (only a cluster started for it sets this)."""
-    return bool(os.environ.get("RAY_ADDRESS"))
 
 
 def _plain(error: TrainingFailedError) -> RuntimeError:

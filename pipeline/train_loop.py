@@ -13,7 +13,7 @@ from longlora.model import LongContextModel, build_base, training_model
 from pipeline import checkpoints
 from pipeline.checkpoints import RunState
 from pipeline.config import Config, local_path, parse_config
-from pipeline.engine import TrainingEngine
+from pipeline.engine import TrainingEngine, partitioned_loading
 from pipeline.feed import Feed, MicroBatch, collate
 from pipeline.ledger import StepRecord, token_hash
 from pipeline.optimizer import build_optimizer, learning_rate
@@ -89,8 +89,11 @@ class Worker:
         torch.set_num_threads(max(1, int(config.workers.cpus)))
         torch.use_deterministic_algorithms(config.run.deterministic)
         torch.manual_seed(config.run.seed)
+        # Held until the engine has the model: transformers looks for it while it loads.
+        partitioning = partitioned_loading(config)
         model = build_model(config)
         self.engine = TrainingEngine(model, build_optimizer(model, config), config)
+        del partitioning
         self.network = self.engine.model.network
         self.packs = Packs.open(UPath(assignment.train_packs))
         self.feed = Feed(
