@@ -4,13 +4,14 @@
     python benchmarks/attention.py --device cuda --dtype bfloat16 --heads 32 --head-dim 128 --lengths 8192,32768,98304
 
 Three contenders run side by side, in turn, on the same tensors; the table gives medians over the rounds:
-full attention (torch's), a correct roll-and-reshape S²-Attn (below), and ``longlora.attention``. Bounds: from 16k tokens
-on, the time gain over full attention is at least 0.8 of the gain in operations; and ours is not slower than rolling.
-All are first checked against the definition on a small case.
+full attention (torch's), a correct roll-and-reshape S²-Attn (below), and ``longlora.attention``. Bounds: from 16k
+tokens on, the time gain over full attention is at least 0.8 of the gain in operations; and ours is not slower than
+rolling. Both forms of S²-Attn are first checked against the definition on a small case.
 """
 
 import argparse
 import json
+import os
 import platform
 import shlex
 import statistics
@@ -41,25 +42,27 @@ def full_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.T
 def rolled_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, group_size: int) -> torch.Tensor:
     """S²-Attn as it is usually written: roll half the heads by G/2, reshape into groups, attend, roll back.
 
-    The roll carries the first G/2 tokens into the last group, behind the row's last G/2: there, the shifted heads need
-    a mask, or the beginning of the row sees its end. q, k, v (T, H, d), one document, G dividing T, no GQA.
+    The roll carries the first G/2 tokens into the last group, behind the row's last G/2, where the beginning of the
+    row would see its end: that group is attended in two halves. q, k, v (T, H, d), one document, G dividing T, no GQA.
     """
     tokens, heads, head_dim = q.shape
-    half, straight = group_size // 2, heads // 2
+    straight = heads // 2
 
     def grouped(t: torch.Tensor) -> torch.Tensor:
-        rolled = torch.cat([t[:, :straight], t[:, straight:].roll(-half, dims=0)], dim=1)
+        rolled = torch.cat([t[:, :straight], t[:, straight:].roll(-group_size // 2, dims=0)], dim=1)
         return rolled.view(tokens // group_size, group_size, heads, head_dim).transpose(1, 2)
 
-    queries, keys, values = (grouped(t) for t in (q, k, v))
-    first_groups = scaled_dot_product_attention(queries[:-1], keys[:-1], values[:-1], is_causal=True)
-    causal = torch.ones(group_size, group_size, dtype=torch.bool, device=q.device).tril()
-    unwrapped = causal.clone()
-    unwrapped[half:, :half] = False
-    mask = torch.stack([causal] * straight + [unwrapped] * (heads - straight))
-    last_group = scaled_dot_product_attention(queries[-1:], keys[-1:], values[-1:], attn_mask=mask)
-    out = torch.cat([first_groups, last_group]).transpose(1, 2).reshape(tokens, heads, head_dim)
-    return torch.cat([out[:, :straight], out[:, straight:].roll(half, dims=0)], dim=1)
+    def halves(t: torch.Tensor) -> torch.Tensor:
+        return t.transpose(1, 2).reshape(2, group_size // 2, heads - straight, head_dim).transpose(1, 2)
+
+    groups = [grouped(t) for t in (q, k, v)]
+    attended = scaled_dot_product_attention(*(t[:-1] for t in groups), is_causal=True)
+    last_straight = scaled_dot_product_attention(*(t[-1:, :straight] for t in groups), is_causal=True)
+    last_shifted = scaled_dot_product_attention(*(halves(t[-1:, straight:]) for t in groups), is_causal=True)
+    last_shifted = last_shifted.transpose(1, 2).reshape(1, group_size, heads - straight, head_dim).transpose(1, 2)
+    out = torch.cat([attended, torch.cat([last_straight, last_shifted], dim=1)]).transpose(1, 2)
+    out = out.reshape(tokens, heads, head_dim)
+    return torch.cat([out[:, :straight], out[:, straight:].roll(group_size // 2, dims=0)], dim=1)
 
 
 def gain_in_operations(plan: SegmentPlan) -> float:
@@ -96,19 +99,23 @@ def check(options: argparse.Namespace) -> None:
         torch.testing.assert_close(results, wanted, rtol=tolerance, atol=tolerance)
 
 
-def seconds(attention: Attention, row: list[torch.Tensor]) -> float:
-    """One forward and backward pass."""
+def seconds(attention: Attention, row: list[torch.Tensor], repeats: int) -> float:
+    """One forward and backward pass, the mean of ``repeats``."""
     q, k, v, grad = row
     synchronize = torch.cuda.synchronize if q.device.type == "cuda" else lambda: None
     synchronize()
     start = time.perf_counter()
-    torch.autograd.grad(attention(q, k, v), (q, k, v), grad)
+    for _ in range(repeats):
+        torch.autograd.grad(attention(q, k, v), (q, k, v), grad)
     synchronize()
-    return time.perf_counter() - start
+    return (time.perf_counter() - start) / repeats
 
 
 def measure(tokens: int, group_size: int, options: argparse.Namespace) -> dict[str, float | int | str]:
-    """Medians of interleaved rounds, after one round for warming up."""
+    """Medians of interleaved rounds, after one round for warming up.
+
+    In a round each contender runs for about as long as the slowest, so that they share a busy machine's noise alike.
+    """
     row = random_row(tokens, options.heads, options.kv_heads, options.head_dim, options)
     plan = plan_segments([tokens], group_size).to(options.device)
     contenders: dict[str, Attention] = {
@@ -117,12 +124,12 @@ def measure(tokens: int, group_size: int, options: argparse.Namespace) -> dict[s
     }
     if options.heads == options.kv_heads:
         contenders["rolled"] = lambda q, k, v: rolled_attention(q, k, v, group_size)
+    warm = {name: seconds(attention, row, 1) for name, attention in contenders.items()}
+    repeats = {name: max(1, round(max(warm.values()) / elapsed)) for name, elapsed in warm.items()}
     times: dict[str, list[float]] = {name: [] for name in contenders}
-    for round_number in range(options.rounds + 1):
+    for _ in range(options.rounds):
         for name, attention in contenders.items():
-            elapsed = seconds(attention, row)
-            if round_number > 0:
-                times[name].append(elapsed)
+            times[name].append(seconds(attention, row, repeats[name]))
     medians = {name: statistics.median(values) for name, values in times.items()}
     time_gain, flop_gain = medians["full"] / medians["ours"], gain_in_operations(plan)
     over_rolled = medians["rolled"] / medians["ours"] if "rolled" in medians else float("nan")
@@ -152,6 +159,7 @@ def machine(options: argparse.Namespace) -> dict[str, str | int]:
         "processor": torch.cuda.get_device_name()
         if on_gpu
         else f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "load average": f"{os.getloadavg()[0]:.1f}",
         "torch": torch.__version__,
         "python": platform.python_version(),
         "backend": str(choose_backend(options.device, options.dtype, options.head_dim)),

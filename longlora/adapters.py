@@ -30,11 +30,12 @@ def attach_adapter(
     `train_embeddings` and `train_norms` train full copies of the input embeddings and of every norm (LongLoRA, section
     3.3); tied output embeddings stay tied. New weights have the type of the base: fp32 masters are the optimizer's
     business.
-    Raises ValueError if a target names no linear layer.
+    Raises ValueError if a target names no linear layer, and for tied embeddings that PEFT cannot keep tied.
     """
+    tied = _is_tied(model)
     modules_to_save = []
     if train_embeddings:
-        modules_to_save.append(_embedding_name(model))
+        modules_to_save.append(_name_of(model, model.get_input_embeddings()))
     if train_norms:
         modules_to_save += norm_names(model)
     lora = LoraConfig(
@@ -46,9 +47,14 @@ def attach_adapter(
         use_rslora=rslora,
         use_dora=dora,
         modules_to_save=modules_to_save or None,
-        ensure_weight_tying=train_embeddings and _is_tied(model),
+        ensure_weight_tying=train_embeddings and tied,
     )
-    return get_peft_model(model, lora, adapter_name=ADAPTER_NAME, autocast_adapter_dtype=False)
+    network = get_peft_model(model, lora, adapter_name=ADAPTER_NAME, autocast_adapter_dtype=False)
+    if tied and not _is_tied(model):
+        raise ValueError(
+            f"PEFT takes the tied embeddings of {model.config.model_type} apart: set train_embeddings to false"
+        )
+    return network
 
 
 def enable_full_training(model: PreTrainedModel) -> PreTrainedModel:
@@ -83,8 +89,8 @@ def norm_names(model: nn.Module) -> list[str]:
 def parameter_groups(model: nn.Module) -> dict[str, list[tuple[str, nn.Parameter]]]:
     """Every trainable parameter once, with its name as in `model.named_parameters()`, by what it is.
 
-    lora_a, lora_b, embeddings (also the output embeddings where they are tied), norms (weights and biases), and weights:
-    the rest, which is all matrices and other biases of full training, and DoRA's magnitudes. Empty groups are left out.
+    lora_a, lora_b, embeddings (also output embeddings where tied), norms (weights and biases), and weights: the
+    rest, which is all matrices and other biases of full training, and DoRA's magnitudes. Empty groups are left out.
     """
     kind = {id(p): "embeddings" for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     kind |= {id(p): "norms" for m in model.modules() if _is_norm(m) for p in m.parameters(recurse=False)}
@@ -133,14 +139,25 @@ def peft_key(parameter_name: str) -> str:
     return key
 
 
-def adapter_state(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors by parameter name → the content of `adapter_model.safetensors`, which PeftModel.from_pretrained loads."""
-    return {peft_key(name): tensor for name, tensor in named.items()}
+def adapter_state(named: Mapping[str, Tensor], network: PeftModel | None = None) -> dict[str, Tensor]:
+    """Tensors by parameter name → the content of `adapter_model.safetensors`, which PeftModel.from_pretrained loads.
+
+    `network`, whose parameters they are, is needed if its embeddings are tied: PEFT loads them under both names.
+    """
+    state = {peft_key(name): tensor for name, tensor in named.items()}
+    if network is not None and _is_tied(network.get_base_model()):
+        model = network.get_base_model()
+        source, second = (
+            f"base_model.model.{_name_of(model, module)}.weight"
+            for module in (model.get_input_embeddings(), model.get_output_embeddings())
+        )
+        if source in state:
+            state[second] = state[source].clone()  # safetensors refuses tensors that share memory
+    return state
 
 
-def _embedding_name(model: PreTrainedModel) -> str:
-    embeddings = model.get_input_embeddings()
-    return next(name for name, module in model.named_modules() if module is embeddings)
+def _name_of(model: nn.Module, module: nn.Module) -> str:
+    return next(name for name, candidate in model.named_modules() if candidate is module)
 
 
 def _is_tied(model: PreTrainedModel) -> bool:

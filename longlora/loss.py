@@ -21,7 +21,7 @@ def summed_cross_entropy(
 
     hidden (T, D); head maps (n, D) to logits (n, vocabulary) and is called as a module, so that hooks on it run (ZeRO-3
     gathers its weight there); targets (T,) int64, −100 where a token has none. The softmax is taken in fp32. Gradients
-    reach `hidden` and whatever of the head requires them. Costs one more product with the head than plain cross-entropy.
+    reach `hidden` and whatever of the head requires them. Costs one more product with the head than the plain loss.
     """
     if hidden.shape[0] != targets.shape[0]:
         raise ValueError(f"{hidden.shape[0]} hidden states and {targets.shape[0]} targets: give one target a token")

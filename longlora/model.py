@@ -4,27 +4,16 @@ import copy
 from typing import Any, Literal
 
 import torch
-from longlora.attention import hf
-from longlora.segments import SegmentPlan
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from longlora.adapters import attach_adapter, enable_full_training
+from longlora.attention import hf
 from longlora.loss import summed_cross_entropy
 from longlora.rope import extend_rope
-
-# Settings of families whose logits are more than head(hidden), with the value at which they do nothing.
-LOGIT_SETTINGS = {
-    "final_logit_softcapping": None,
-    "output_logit_soft_cap": None,
-    "logits_soft_cap": None,
-    "logit_scale": 1,
-    "logits_scaling": 1,
-    "lm_head_multiplier": 1,
-}
-LAYER_TYPES = {"full_attention", "sliding_attention"}
+from longlora.segments import SegmentPlan, plan_segments
 
 
 class LongContextModel(nn.Module):
@@ -101,24 +90,29 @@ def training_model(base: PreTrainedModel, adapter: dict[str, Any] | None) -> Lon
 
 
 def check_supported(config: PreTrainedConfig) -> None:
-    """Raises ValueError with the reason if models of `config` cannot be trained with S²-Attn."""
+    """Raises ValueError with the reason if models of `config` cannot be trained with S²-Attn.
+
+    Beyond the config, a dry run on the meta device shows what the model does: each layer must call the attention
+    interface once, with nothing that S²-Attn refuses, and the logits must be the output layer of the hidden states.
+    """
     family = config.model_type
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or config.is_encoder_decoder:
         raise ValueError(f"{family} is no decoder-only language model")
-    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    if not model_class._supports_attention_backend:
+    if not MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._supports_attention_backend:
         raise ValueError(f"{family} does not go through transformers' attention interface, where S²-Attn is put in")
-    if model_class._is_stateful:
-        raise ValueError(f"{family} has recurrent layers, which carry a state from one packed document into the next")
     if "rope_theta" not in (getattr(config, "rope_parameters", None) or {}):
-        raise ValueError(f"{family} has no rotary positions (or several kinds), which its context is extended by")
-    foreign = set(getattr(config, "layer_types", None) or ()) - LAYER_TYPES
-    if foreign:
-        raise ValueError(f"{family} has layers of type {sorted(foreign)[0]}; only softmax attention is supported")
-    for setting, neutral in {**LOGIT_SETTINGS, "attn_logit_softcapping": None}.items():
-        value = getattr(config, setting, None)
-        if value not in (None, neutral):
-            raise ValueError(f"{family} sets {setting} = {value}, which the chunked loss and S²-Attn do not apply")
+        raise ValueError(f"{family} has no rotary positions (or several kinds of them): its context cannot be extended")
+    try:
+        attention_calls, head_alone = _dry_run(config)
+    except Exception as error:  # whatever stops an empty forward pass, the model cannot be trained
+        raise ValueError(f"{family} cannot be trained: {_first_line(error)}") from error
+    if attention_calls != config.num_hidden_layers:
+        raise ValueError(
+            f"{family} calls the attention interface {attention_calls} times in {config.num_hidden_layers} layers: "
+            "S²-Attn, which is put in there, needs one softmax attention in each layer"
+        )
+    if not head_alone:
+        raise ValueError(f"{family} scales or caps its logits, which the chunked loss does not")
 
 
 def check_vocabulary(config: PreTrainedConfig, tokenizer_length: int) -> None:
@@ -128,6 +122,44 @@ def check_vocabulary(config: PreTrainedConfig, tokenizer_length: int) -> None:
             f"the tokenizer has {tokenizer_length} tokens and the model {config.vocab_size}: "
             "take the tokenizer that the model was trained with"
         )
+
+
+def _dry_run(config: PreTrainedConfig) -> tuple[int, bool]:
+    """Two tokens through the model on the meta device: (attention calls, whether logits = head(decoder's output))."""
+    calls = []
+
+    def checked_attention(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        *,
+        segment_plan: SegmentPlan,
+        scaling: float | None = None,
+        **keywords: Any,
+    ) -> tuple[Tensor, None]:
+        calls.append(module)
+        dimensions = (query.shape[-1], key.shape[-1], value.shape[-1])
+        if len(set(dimensions)) > 1:
+            raise ValueError(f"its heads have {dimensions} dimensions in q, k and v, and S²-Attn needs equal ones")
+        hf._refuse_unhandled(segment_plan, keywords)
+        return query.transpose(1, 2), None
+
+    AttentionInterface.register("s2-dry-run", checked_attention)
+    config = copy.deepcopy(config)
+    config._attn_implementation = "s2-dry-run"
+    with torch.device("meta"):
+        # Not by from_config, which would partition the model under ZeRO-3.
+        model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
+    hidden, head = [], []
+    model.get_decoder().register_forward_hook(lambda module, inputs, output: hidden.append(output.last_hidden_state))
+    model.get_output_embeddings().register_forward_hook(lambda module, inputs, output: head.append((inputs[0], output)))
+    tokens = torch.zeros(1, 2, dtype=torch.int64, device="meta")
+    plan = plan_segments([2], None)
+    logits = model(input_ids=tokens, position_ids=tokens, use_cache=False, segment_plan=plan).logits
+    head_input, head_output = head[0]
+    return len(calls), logits is head_output and head_input._base is hidden[0]
 
 
 def _base_config(

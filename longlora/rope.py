@@ -18,7 +18,7 @@ def extend_rope(config: PreTrainedConfig, target_length: int, method: str) -> Pr
 
     A model that is already scaled is extended from what it has; its `max_position_embeddings` is what it reaches now.
 
-    linear: positions shrink by the ratio of lengths (position interpolation, Chen et al. 2023, arXiv 2306.15595, eq. 3).
+    linear: positions shrink by the ratio of lengths (position interpolation, Chen et al. 2023, arXiv 2306.15595).
     ntk: theta grows by ratio^(d/(d−2)), d the rotary dimension: the slowest frequency shrinks by the ratio, the fastest
         stays.
     dynamic: the theta that transformers' dynamic NTK scaling with factor = ratio has at `target_length` tokens, fixed;
