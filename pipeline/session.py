@@ -37,6 +37,7 @@ def ray_session(config: Config) -> Iterator[None]:
     for name, value in TRAIN_SETTINGS.items():
         os.environ.setdefault(name, value)
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_worker_niceness", "0")  # 15 by default: anything else on the machine would starve a step
     import ray
 
     # DeepSpeed compiles its CPU op with the ninja that it finds first: it must be the environment's, here and there.

@@ -112,6 +112,15 @@ def test_every_setting_is_documented() -> None:
         assert fields and all(field.description for field in fields.values())
 
 
+CHECKED_COMMAND_LINE = """
+import sys
+from pipeline.main import main
+status = main(sys.argv[1:])
+assert not {"ray", "torch"} & set(sys.modules), "started before the config was checked"
+sys.exit(status)
+"""
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -120,15 +129,16 @@ def test_every_setting_is_documented() -> None:
         (["train", "attention.group_size=7"], "must be even"),
     ],
 )
-def test_the_command_line_reports_mistakes_in_one_line_before_anything_starts(arguments: list[str], message: str) -> None:
-    code = (
-        "import sys; sys.argv = ['main.py', *%r]\n"
-        "from pipeline.main import main\n"
-        "status = main()\n"
-        "assert not {'ray', 'torch'} & set(sys.modules), 'started before the config was checked'\n"
-        "sys.exit(status)"
-    ) % (arguments,)
-    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
+def test_the_command_line_reports_mistakes_in_one_line_before_anything_starts(
+    arguments: list[str], message: str
+) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", CHECKED_COMMAND_LINE, *arguments],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert done.returncode == 2, done.stderr
     assert message in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
