@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
@@ -145,8 +145,8 @@ def adapter_state(named: Mapping[str, Tensor], network: PeftModel | None = None)
     `network`, whose parameters they are, is needed if its embeddings are tied: PEFT loads them under both names.
     """
     state = {peft_key(name): tensor for name, tensor in named.items()}
-    if network is not None and _is_tied(network.get_base_model()):
-        model = network.get_base_model()
+    model = None if network is None else cast(PreTrainedModel, network.get_base_model())
+    if model is not None and _is_tied(model):
         source, second = (
             f"base_model.model.{_name_of(model, module)}.weight"
             for module in (model.get_input_embeddings(), model.get_output_embeddings())

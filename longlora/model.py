@@ -1,7 +1,7 @@
 """From a base model to one that trains on long rows: base → rope → attention → adapters → summed loss."""
 
 import copy
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from peft import PeftModel
@@ -33,7 +33,7 @@ class LongContextModel(nn.Module):
         follows, −100 for none; segment_plan for the same T tokens.
         """
         network = self.network
-        causal_lm = network.get_base_model() if isinstance(network, PeftModel) else network
+        causal_lm = cast(PreTrainedModel, network.get_base_model() if isinstance(network, PeftModel) else network)
         # The decoder alone: the causal model would make the logits of the whole row.
         output = causal_lm.get_decoder()(
             input_ids=input_ids, position_ids=position_ids, use_cache=False, segment_plan=segment_plan
@@ -98,7 +98,7 @@ def check_supported(config: PreTrainedConfig) -> None:
     family = config.model_type
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or config.is_encoder_decoder:
         raise ValueError(f"{family} is no decoder-only language model")
-    if not MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._supports_attention_backend:
+    if not _model_class(config)._supports_attention_backend:
         raise ValueError(f"{family} does not go through transformers' attention interface, where S²-Attn is put in")
     if "rope_theta" not in (getattr(config, "rope_parameters", None) or {}):
         raise ValueError(f"{family} has no rotary positions (or several kinds of them): its context cannot be extended")
@@ -151,7 +151,7 @@ def _dry_run(config: PreTrainedConfig) -> tuple[int, bool]:
     config._attn_implementation = "s2-dry-run"
     with torch.device("meta"):
         # Not by from_config, which would partition the model under ZeRO-3.
-        model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
+        model = _model_class(config)(config)
     hidden, head = [], []
     model.get_decoder().register_forward_hook(lambda module, inputs, output: hidden.append(output.last_hidden_state))
     model.get_output_embeddings().register_forward_hook(lambda module, inputs, output: head.append((inputs[0], output)))
@@ -162,6 +162,10 @@ def _dry_run(config: PreTrainedConfig) -> tuple[int, bool]:
     return len(calls), logits is head_output and head_input._base is hidden[0]
 
 
+def _model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    return cast(type[PreTrainedModel], MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
+
+
 def _base_config(
     name_or_path: str | None, model_config: dict[str, Any] | None, revision: str | None
 ) -> PreTrainedConfig:
@@ -169,7 +173,7 @@ def _base_config(
         raise ValueError("give exactly one of a model folder or name and a model config")
     if model_config is None:
         try:
-            return AutoConfig.from_pretrained(name_or_path, revision=revision)
+            return AutoConfig.from_pretrained(cast(str, name_or_path), revision=revision)
         except OSError as error:
             raise ValueError(f"model {name_or_path!r} cannot be read: {_first_line(error)}") from error
     if "model_type" not in model_config:
@@ -212,11 +216,12 @@ def _load(
     name_or_path: str, config: PreTrainedConfig, revision: str | None, options: dict[str, Any]
 ) -> PreTrainedModel:
     try:
-        model, loading = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             name_or_path, config=config, revision=revision, use_safetensors=True, output_loading_info=True, **options
         )
     except OSError as error:
         raise ValueError(f"model {name_or_path!r} cannot be loaded: {_first_line(error)}") from error
+    model, loading = loaded
     if loading["missing_keys"]:
         missing = sorted(loading["missing_keys"])
         raise ValueError(f"model {name_or_path!r} lacks {len(missing)} weights, e.g. {missing[0]}")

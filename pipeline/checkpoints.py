@@ -16,6 +16,7 @@ import tempfile
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
+from typing import cast
 
 import safetensors.torch
 from peft import PeftModel
@@ -168,9 +169,9 @@ def _network_files(network: PeftModel | PreTrainedModel, parameters: dict[str, P
     masters = {name: state.master for name, state in parameters.items()}
     if isinstance(network, PeftModel):
         return {
-            "adapter_model.safetensors": safetensors.torch.save(adapter_state(masters), {"format": "pt"}),
+            "adapter_model.safetensors": safetensors.torch.save(adapter_state(masters, network), {"format": "pt"}),
             "adapter_config.json": _adapter_config(network),
-            "config.json": network.get_base_model().config.to_json_string().encode(),
+            "config.json": cast(PreTrainedModel, network.get_base_model()).config.to_json_string().encode(),
         }
     return {
         "model.safetensors": safetensors.torch.save(masters, {"format": "pt"}),

@@ -211,7 +211,7 @@ class TrainingEngine:
 
     def _set_partition(self, parameter: torch.nn.Parameter, state: ParameterState) -> None:
         """ZeRO-3: this rank's slice of the flat, zero-padded tensors (DeepSpeed's full setters do not pad)."""
-        size = parameter.ds_tensor.numel()
+        size = parameter.ds_tensor.numel()  # type: ignore[attr-defined]  # this rank's partition, put there by ZeRO-3
         for key in (None, *MOMENTS):
             flat = getattr(state, key or "master").flatten()
             padded = torch.nn.functional.pad(flat, (0, size * self.world_size - flat.numel()))

@@ -34,12 +34,12 @@ def parser() -> argparse.ArgumentParser:
         stage = commands.add_parser(name, help=text, description=text)
         stage.add_argument("--config", metavar="FILE", help="YAML file (default: configs/quickstart.yaml)")
         stage.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
-    text = commands.add_parser("generate", help="text from a base, adapter or exported model")
-    text.add_argument("--model", required=True, help="Hugging Face folder or name, or a checkpoint folder of a run")
-    text.add_argument("--prompt", required=True, help="the text to continue, or @FILE")
-    text.add_argument("--max-new-tokens", type=int, default=200)
-    text.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token")
-    text.add_argument("--seed", type=int, default=0)
+    generate = commands.add_parser("generate", help="text from a base, adapter or exported model")
+    generate.add_argument("--model", required=True, help="Hugging Face folder or name, or a checkpoint folder of a run")
+    generate.add_argument("--prompt", required=True, help="the text to continue, or @FILE")
+    generate.add_argument("--max-new-tokens", type=int, default=200)
+    generate.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token")
+    generate.add_argument("--seed", type=int, default=0)
     return top
 
 

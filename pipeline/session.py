@@ -1,5 +1,6 @@
 """The connection to Ray: the cluster that the job runs on, or one of our own on this machine."""
 
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -44,7 +45,7 @@ def ray_session(config: Config) -> Iterator[None]:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     environment = {"env_vars": {"PYTHONPATH": str(REPOSITORY), "PATH": path, **WORKER_ENVIRONMENT}}
     if on_cluster():
-        ray.init(runtime_env=environment, logging_level="error")
+        ray.init(runtime_env=environment, logging_level=logging.ERROR)
     else:
         # Worker CPUs are a number to Ray, not a reservation of cores: a laptop with fewer can still run the recipe.
         workers = int(config.workers.max * config.workers.cpus)
@@ -54,7 +55,7 @@ def ray_session(config: Config) -> Iterator[None]:
             include_dashboard=False,
             runtime_env=environment,
             log_to_driver=False,  # the run's status line says what happens; workers' output is in Ray's log folder
-            logging_level="error",
+            logging_level=logging.ERROR,
         )
     try:
         yield

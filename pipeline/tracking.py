@@ -115,10 +115,17 @@ def _mlflow_run(client: MlflowClient, config: Config, run_folder: UPath) -> str:
         client.update_run(known["mlflow_run_id"], status="RUNNING")
         return known["mlflow_run_id"]
     experiment = client.get_experiment_by_name(config.tracking.experiment)
-    experiment_id = experiment.experiment_id if experiment else client.create_experiment(config.tracking.experiment)
+    experiment_id = experiment.experiment_id if experiment else _new_experiment(client, config)
     run = client.create_run(experiment_id, run_name=config.run.name)
     params = [Param(key, str(value)[:PARAM_LIMIT]) for key, value in config.flat().items()]
     client.log_batch(run.info.run_id, params=params)
     client.log_text(run.info.run_id, config.to_yaml(), "config.yaml")
     write_json(record, {**known, "mlflow_run_id": run.info.run_id})
     return run.info.run_id
+
+
+def _new_experiment(client: MlflowClient, config: Config) -> str:
+    """Creates the experiment; beside our own SQLite file its artefacts go there too, not to the working directory."""
+    uri = tracking_uri(config)
+    beside = None if config.tracking.uri else str(Path(uri.removeprefix("sqlite:///")).parent / "mlartifacts")
+    return client.create_experiment(config.tracking.experiment, artifact_location=beside)

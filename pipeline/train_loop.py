@@ -165,12 +165,12 @@ class Worker:
     def save(self, step: int) -> None:
         """Commits a checkpoint of the state after `step` steps."""
         parameters = {}
-        for name, state in self.engine.read_state():
+        for name, parameter in self.engine.read_state():
             if self.rank == 0:
-                parameters[name] = state
+                parameters[name] = parameter
         if self.rank == 0:
             ray.get(self.assignment.run_log.sync.remote())
-            fresh = self.eval_loss is not None and self.eval_loss[0] == step
+            measured_at, loss = self.eval_loss or (None, None)
             state = RunState(
                 step=step,
                 position=step * self.config.optimization.global_batch,
@@ -178,7 +178,7 @@ class Worker:
                 base_fingerprint=self.assignment.base_fingerprint,
                 training_hash=self.config.training_hash(),
                 attempt=self.attempt,
-                eval_loss=self.eval_loss[1] if fresh else None,
+                eval_loss=loss if measured_at == step else None,
             )
             checkpoints.save(self.folder, state, self.network, parameters)
             checkpoints.retain(self.folder, self.config.checkpoint.keep_last, self.config.checkpoint.keep_best)
