@@ -7,6 +7,8 @@ import pytest
 
 from pipeline import checkpoints
 
+pytestmark = pytest.mark.slow  # each run starts Ray, DeepSpeed and two workers, several times over
+
 ONE_WORKER = ("workers.min=1", "workers.max=1")
 
 

@@ -55,7 +55,7 @@ def test_export_has_the_configured_type(make_run: MakeRun) -> None:
 
 def test_tied_embeddings_stay_tied(make_run: MakeRun, tiny_base: Path, tmp_path: Path) -> None:
     settings = LlamaConfig.from_pretrained(tiny_base, tie_word_embeddings=True)
-    LlamaForCausalLM.from_pretrained(tiny_base, config=settings).save_pretrained(tmp_path / "tied")
+    LlamaForCausalLM(settings).save_pretrained(tmp_path / "tied")
     config, run_folder = make_run(model={"base": str(tmp_path / "tied"), "tokenizer": str(tiny_base)})
     folder = Path(str(export(config, run_folder)))
     model = AutoModelForCausalLM.from_pretrained(folder)
