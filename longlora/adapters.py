@@ -139,14 +139,14 @@ def peft_key(parameter_name: str) -> str:
     return key
 
 
-def adapter_state(named: Mapping[str, Tensor], network: PeftModel | None = None) -> dict[str, Tensor]:
-    """Tensors by parameter name → the content of `adapter_model.safetensors`, which PeftModel.from_pretrained loads.
+def adapter_state(named: Mapping[str, Tensor], network: PeftModel) -> dict[str, Tensor]:
+    """Tensors by names of `network`'s parameters → the content of `adapter_model.safetensors`.
 
-    `network`, whose parameters they are, is needed if its embeddings are tied: PEFT loads them under both names.
+    Tied embeddings come under both of their names: PeftModel.from_pretrained demands it.
     """
     state = {peft_key(name): tensor for name, tensor in named.items()}
-    model = None if network is None else cast(PreTrainedModel, network.get_base_model())
-    if model is not None and _is_tied(model):
+    model = cast(PreTrainedModel, network.get_base_model())
+    if _is_tied(model):
         source, second = (
             f"base_model.model.{_name_of(model, module)}.weight"
             for module in (model.get_input_embeddings(), model.get_output_embeddings())

@@ -7,6 +7,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from longlora.adapters import attach_adapter, enable_full_training
@@ -48,7 +49,7 @@ def build_base(
     dtype: torch.dtype,
     rope: str | None,
     context_length: int,
-    sliding_window: int | Literal["model"] | None = "model",
+    sliding_window: Literal["model"] | None = "model",
     gradient_checkpointing: bool,
     init_seed: int,
     attention: Literal["s2", "sdpa"] = "s2",
@@ -105,7 +106,7 @@ def check_supported(config: PreTrainedConfig) -> None:
     try:
         attention_calls, head_alone = _dry_run(config)
     except Exception as error:  # whatever stops an empty forward pass, the model cannot be trained
-        raise ValueError(f"{family} cannot be trained: {_first_line(error)}") from error
+        raise ValueError(f"{family} cannot be trained: {_one_line(error)}") from error
     if attention_calls != config.num_hidden_layers:
         raise ValueError(
             f"{family} calls the attention interface {attention_calls} times in {config.num_hidden_layers} layers: "
@@ -171,15 +172,16 @@ def _base_config(
 ) -> PreTrainedConfig:
     if (name_or_path is None) == (model_config is None):
         raise ValueError("give exactly one of a model folder or name and a model config")
-    if model_config is None:
-        try:
+    try:
+        if model_config is None:
             return AutoConfig.from_pretrained(cast(str, name_or_path), revision=revision)
-        except OSError as error:
-            raise ValueError(f"model {name_or_path!r} cannot be read: {_first_line(error)}") from error
-    if "model_type" not in model_config:
-        raise ValueError("the model config has no model_type, e.g. llama")
-    settings = dict(model_config)
-    return AutoConfig.for_model(settings.pop("model_type"), **settings)
+        settings = dict(model_config)
+        family = settings.pop("model_type", None)
+        if family not in CONFIG_MAPPING:
+            raise ValueError(f"its model_type is {family!r}: give one that transformers knows, e.g. 'llama'")
+        return AutoConfig.for_model(family, **settings)
+    except Exception as error:  # transformers' validation errors share no narrower class
+        raise ValueError(f"model {name_or_path or 'config'!r} cannot be used: {_one_line(error)}") from error
 
 
 def _with_context(config: PreTrainedConfig, length: int, rope: str | None) -> PreTrainedConfig:
@@ -192,19 +194,19 @@ def _with_context(config: PreTrainedConfig, length: int, rope: str | None) -> Pr
     return config
 
 
-def _with_window(config: PreTrainedConfig, length: int, window: int | Literal["model"] | None) -> PreTrainedConfig:
-    """The config with the sliding window kept, set or removed; a window below `length` is refused."""
-    config = copy.deepcopy(config)
+def _with_window(config: PreTrainedConfig, length: int, window: Literal["model"] | None) -> PreTrainedConfig:
+    """The config with its sliding window kept or removed; one that is kept must reach over `length` tokens."""
+    present = getattr(config, "sliding_window", None)
+    if present is None:
+        return config
     if window is None:
+        config = copy.deepcopy(config)
         config.sliding_window = None
-        if getattr(config, "use_sliding_window", False):
+        if hasattr(config, "use_sliding_window"):
             config.use_sliding_window = False
         if getattr(config, "layer_types", None):
             config.layer_types = ["full_attention"] * len(config.layer_types)
-    elif window != "model":
-        config.sliding_window = window
-    present = getattr(config, "sliding_window", None)
-    if present is not None and present < length:
+    elif present < length:
         raise ValueError(
             f"the model's sliding window of {present} tokens is shorter than the context length {length}: "
             "set sliding_window to null to remove it"
@@ -220,7 +222,7 @@ def _load(
             name_or_path, config=config, revision=revision, use_safetensors=True, output_loading_info=True, **options
         )
     except OSError as error:
-        raise ValueError(f"model {name_or_path!r} cannot be loaded: {_first_line(error)}") from error
+        raise ValueError(f"model {name_or_path!r} cannot be loaded: {_one_line(error)}") from error
     model, loading = loaded
     if loading["missing_keys"]:
         missing = sorted(loading["missing_keys"])
@@ -228,5 +230,5 @@ def _load(
     return model
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
