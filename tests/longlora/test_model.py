@@ -109,6 +109,16 @@ def test_groups_cut_long_documents_only(family):
     assert abs(model(*row(), plan_segments(LENGTHS, 4)) - full) > 1e-3
 
 
+def test_positions_are_those_given():
+    model = training_model(base(), LORA).eval()
+    input_ids, positions, targets = row()
+    plan = plan_segments(LENGTHS, None)
+    loss = model(input_ids, positions, targets, plan)
+    # rotary attention sees differences of positions alone: a shift changes nothing, a stretch does
+    torch.testing.assert_close(model(input_ids, positions + 5, targets, plan), loss, rtol=1e-5, atol=0)
+    assert abs(model(input_ids, positions * 2, targets, plan) - loss) > 1e-2
+
+
 def test_a_documents_loss_does_not_depend_on_what_it_is_packed_with():
     model = training_model(base(), LORA).eval()
     alone = [model(*row([n]), plan_segments([n], 4)) for n in LENGTHS]
