@@ -18,8 +18,8 @@ from hashlib import sha256
 from pathlib import Path
 from typing import cast
 
-import safetensors.torch
 from peft import PeftModel
+from safetensors import torch as safetensors
 from torch import Tensor
 from transformers import PreTrainedModel
 from upath import UPath
@@ -169,12 +169,12 @@ def _network_files(network: PeftModel | PreTrainedModel, parameters: dict[str, P
     masters = {name: state.master for name, state in parameters.items()}
     if isinstance(network, PeftModel):
         return {
-            "adapter_model.safetensors": safetensors.torch.save(adapter_state(masters, network), {"format": "pt"}),
+            "adapter_model.safetensors": safetensors.save(adapter_state(masters, network), {"format": "pt"}),
             "adapter_config.json": _adapter_config(network),
             "config.json": cast(PreTrainedModel, network.get_base_model()).config.to_json_string().encode(),
         }
     return {
-        "model.safetensors": safetensors.torch.save(masters, {"format": "pt"}),
+        "model.safetensors": safetensors.save(masters, {"format": "pt"}),
         "config.json": network.config.to_json_string().encode(),
     }
 
@@ -184,7 +184,7 @@ def _optimizer_files(network: PeftModel | PreTrainedModel, parameters: dict[str,
     moments = {
         f"{key(name)}/{moment}": getattr(state, moment) for name, state in parameters.items() for moment in MOMENTS
     }
-    return {"optimizer-1-of-1.safetensors": safetensors.torch.save(moments)}
+    return {"optimizer-1-of-1.safetensors": safetensors.save(moments)}
 
 
 def _adapter_config(network: PeftModel) -> bytes:
@@ -194,7 +194,7 @@ def _adapter_config(network: PeftModel) -> bytes:
 
 
 def _load(path: UPath) -> dict[str, Tensor]:
-    return safetensors.torch.load(path.read_bytes())
+    return safetensors.load(path.read_bytes())
 
 
 def _json(value: object) -> bytes:
