@@ -119,6 +119,7 @@ def save_checkpoint(config: Config, run_folder: UPath, step: int) -> UPath:
         init_seed=config.run.seed,
     )
     settings = config.adapter.model_dump(exclude={"kind", "lora_b_lr_ratio"})
+    torch.manual_seed(step)  # LoRA's A matrices are drawn from it; unlucky ones hardly change the model's perplexity
     network = attach_adapter(base, **settings) if config.adapter.kind == "lora" else enable_full_training(base)
     generator = torch.Generator().manual_seed(step)
     for parameter in network.parameters():
