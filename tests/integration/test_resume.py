@@ -7,7 +7,8 @@ import pytest
 
 from pipeline import checkpoints
 
-pytestmark = pytest.mark.slow  # each run starts Ray, DeepSpeed and two workers, several times over
+# Each run starts Ray, DeepSpeed and two workers: minutes on two cores, and a test has up to four of them.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 ONE_WORKER = ("workers.min=1", "workers.max=1")
 
