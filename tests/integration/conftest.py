@@ -6,9 +6,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 from upath import UPath
@@ -29,9 +31,8 @@ TINY = {
     "bos_token_id": 0,
     "eos_token_id": 1,
 }
-RUN_TIMEOUT_S = (
-    600  # a hang, not a slow start: on two cores a run of eight steps takes 160 s, nearly all of it starting
-)
+RUN_TIMEOUT_S = 600  # a hang, not a slow start: on two cores a run of eight steps takes minutes, most of them to start
+ORPHAN_TIMEOUT_S = 60
 
 
 @dataclass
@@ -72,12 +73,23 @@ class Run:
             assert process.poll() is None, process.communicate()[0]
             assert time.monotonic() < until, "no step in time"
             time.sleep(0.05)
+        # Ray's processes notice that their driver is gone, but not at once: what they still commit belongs to this run.
+        orphans = [child for child in psutil.Process(process.pid).children(recursive=True) if writes(child)]
         os.kill(process.pid, signal.SIGKILL)
         process.communicate()
+        _, alive = psutil.wait_procs(orphans, timeout=ORPHAN_TIMEOUT_S)
+        assert not alive, [orphan.name() for orphan in alive]
 
     def records(self) -> list[StepRecord]:
         """The steps of the run's ledger in the order written, redone ones again."""
         return [line for _, line in read_ledger(self.folder) if isinstance(line, StepRecord)]
+
+
+def writes(process: psutil.Process) -> bool:
+    """Whether it writes into the run's folder: workers and RunLog. Ray's own agents stay for minutes, harmlessly."""
+    with suppress(psutil.NoSuchProcess):
+        return any(part.startswith(("ray::RayTrainWorker", "ray::RunLog")) for part in process.cmdline()[:1])
+    return False
 
 
 @pytest.fixture
