@@ -26,7 +26,7 @@ from upath import UPath
 
 from longlora.adapters import adapter_state, peft_key
 from pipeline.config import ConfigError
-from pipeline.engine import MOMENTS, ParameterState
+from pipeline.optimizer import MOMENTS, ParameterState
 from pipeline.storage import read_json, remove_tree, write_atomic
 
 MANIFEST = "manifest.json"

@@ -28,18 +28,7 @@ from longlora.model import LongContextModel
 from longlora.segments import plan_segments
 from pipeline.config import Config
 from pipeline.feed import MicroBatch
-from pipeline.optimizer import set_learning_rate
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
-
-
-@dataclass
-class ParameterState:
-    """A trainable parameter in full: fp32 master and both Adam moments, each of the parameter's shape, on the CPU."""
-
-    master: Tensor
-    exp_avg: Tensor
-    exp_avg_sq: Tensor
+from pipeline.optimizer import MOMENTS, ParameterState, set_learning_rate
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,25 @@
-"""Parameter groups, AdamW, and the learning rate as a function of the step."""
+"""Parameter groups, AdamW and its state, and the learning rate as a function of the step."""
 
 import math
+from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from longlora.adapters import parameter_groups
 from pipeline.config import Config, Optimization
 
+MOMENTS = ("exp_avg", "exp_avg_sq")
 DECAYED = {"lora_a", "lora_b", "weights"}
+
+
+@dataclass
+class ParameterState:
+    """A trainable parameter in full: fp32 master and both Adam moments, each of the parameter's shape, on the CPU."""
+
+    master: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
 
 
 def build_optimizer(model: torch.nn.Module, config: Config) -> torch.optim.AdamW:

@@ -60,10 +60,11 @@ def check_model(config: Config) -> None:
 
 
 def _prepare_and_train(config: Config, folder: UPath, train: bool) -> None:
-    with ray_session(config):
-        from pipeline.prepare import prepare
+    from pipeline.prepare import prepare, wanted_packs
 
-        packs = prepare(config)
+    wanted = wanted_packs(config)  # before Ray starts: a missing file is found in a second
+    with ray_session(config):
+        packs = prepare(config, wanted)
         if train:
             from pipeline.train_driver import train as train_run
 

@@ -17,13 +17,13 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from upath import UPath
 
 from pipeline import checkpoints
+from pipeline.assignment import Assignment
 from pipeline.config import Config, ConfigError, local_path
 from pipeline.packs import Packs, check_enough
 from pipeline.prepare import PreparedPacks
 from pipeline.progress import show_progress
 from pipeline.run_log import RunLog
 from pipeline.session import on_cluster, uses_gpu
-from pipeline.train_loop import Assignment
 from pipeline.train_worker import train_worker
 
 

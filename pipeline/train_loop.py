@@ -11,6 +11,7 @@ from upath import UPath
 
 from longlora.model import LongContextModel, build_base, training_model
 from pipeline import checkpoints
+from pipeline.assignment import Assignment, FinalError
 from pipeline.checkpoints import RunState
 from pipeline.config import Config, local_path, parse_config
 from pipeline.engine import TrainingEngine, partitioned_loading
@@ -19,23 +20,6 @@ from pipeline.ledger import StepRecord, token_hash
 from pipeline.optimizer import build_optimizer, learning_rate
 from pipeline.order import positions_of_step, sequences_at, share
 from pipeline.packs import Packs
-
-
-class FinalError(RuntimeError):
-    """An error that trying again would repeat: it ends the run. Its message is one line."""
-
-
-@dataclass(frozen=True)
-class Assignment:
-    """What the driver tells every worker."""
-
-    config: dict[str, Any]
-    run_folder: str
-    train_packs: str
-    validation_packs: str | None
-    base_fingerprint: str
-    run_log: Any
-    """Handle of the RunLog actor."""
 
 
 def train_loop(assignment: Assignment) -> None:

@@ -5,12 +5,14 @@ import errno
 import ray
 import torch
 
+from pipeline.assignment import Assignment, FinalError
 from pipeline.config import ConfigError
-from pipeline.train_loop import Assignment, FinalError, train_loop
 
 
 def train_worker(settings: dict[str, Assignment]) -> None:
     """What Ray Train calls on each worker. Errors that would repeat are named to the run's log, which ends the run."""
+    from pipeline.train_loop import train_loop  # DeepSpeed with it, for which the driver would wait in vain
+
     assignment = settings["assignment"]
     try:
         train_loop(assignment)

@@ -11,22 +11,24 @@ from pipeline import checkpoints
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 ONE_WORKER = ("workers.min=1", "workers.max=1")
+STEPS = 200  # workers notice after a second or more that their driver was killed; a step takes 50 ms
+LONG = {"optimization": {"steps": STEPS, "learning_rate": 1e-3}, "checkpoint": {"every_steps": 10}}
 
 
 @pytest.mark.parametrize("zero_stage", [2, 3])
 def test_killed_and_resumed_at_other_world_sizes(make_run: Callable, zero_stage: int) -> None:
-    workers = {"zero_stage": zero_stage}
-    undisturbed = make_run("undisturbed", workers=workers)
+    settings = {**LONG, "workers": {"zero_stage": zero_stage}}
+    undisturbed = make_run("undisturbed", **settings)
     undisturbed.finish("train")
     expected = {record.step: record for record in undisturbed.records()}
-    assert sorted(expected) == list(range(8))
+    assert sorted(expected) == list(range(STEPS))
 
-    run = make_run("disturbed", workers=workers)
-    run.kill_after_step(2, "train")
+    run = make_run("disturbed", **settings)
+    run.kill_after_step(12, "train")
     restored = checkpoints.newest(run.folder)
     first_redone = checkpoints.read_state(restored).step if restored else 0
     before = len(run.records())
-    run.kill_after_step(first_redone + 3, "train", *ONE_WORKER)
+    run.kill_after_step(first_redone + 15, "train", *ONE_WORKER)
     run.finish("train")
 
     records = run.records()
@@ -38,15 +40,16 @@ def test_killed_and_resumed_at_other_world_sizes(make_run: Callable, zero_stage:
         # The order of summation differs with the number of workers, and with nothing else.
         tolerance = 0.0 if record.world_size == 2 and record.step <= first_redone else 1e-5
         assert record.loss == pytest.approx(same.loss, rel=tolerance, abs=0.0)
-    assert records[-1].step == 7
-    assert checkpoints.newest(run.folder) == run.folder / "checkpoints" / "step-8"
+    assert records[-1].step == STEPS - 1
+    assert checkpoints.newest(run.folder) == run.folder / "checkpoints" / f"step-{STEPS}"
 
 
 def test_the_same_command_repeats_steps_identically_and_does_nothing_when_done(make_run: Callable) -> None:
-    undisturbed = make_run("undisturbed", attention={"group_size": None, "full_last": 0.0})
+    settings = {**LONG, "attention": {"group_size": None, "full_last": 0.0}}
+    undisturbed = make_run("undisturbed", **settings)
     undisturbed.finish("train")
-    run = make_run("disturbed", attention={"group_size": None, "full_last": 0.0})
-    run.kill_after_step(5, "train")
+    run = make_run("disturbed", **settings)
+    run.kill_after_step(15, "train")
     run.finish("train")
     expected = {record.step: record.loss for record in undisturbed.records()}
     assert [expected[record.step] for record in run.records()] == [record.loss for record in run.records()]

@@ -14,7 +14,7 @@ from longlora.model import build_base
 from pipeline import checkpoints
 from pipeline.checkpoints import RunState
 from pipeline.config import Config, parse_config
-from pipeline.engine import ParameterState
+from pipeline.optimizer import ParameterState
 from pipeline.storage import write_atomic
 
 NATIVE, EXTENDED = 256, 512

@@ -12,7 +12,7 @@ from longlora.adapters import attach_adapter
 from pipeline import checkpoints
 from pipeline.checkpoints import RunState
 from pipeline.config import ConfigError
-from pipeline.engine import ParameterState
+from pipeline.optimizer import ParameterState
 
 STATE = RunState(
     step=3, position=24, packs_fingerprint="p", base_fingerprint="b", training_hash="t", attempt=1, eval_loss=None

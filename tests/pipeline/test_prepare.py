@@ -15,10 +15,11 @@ import pytest
 from upath import UPath
 
 from pipeline import prepare as stage
+from pipeline import unit_work
 from pipeline.config import REPOSITORY, Config, ConfigError, parse_config
 from pipeline.documents import Unit
 from pipeline.packs import Packs
-from pipeline.prepare import UnitActor, prepare
+from pipeline.prepare import PreparedPacks, wanted_packs
 from pipeline.tokens import Tokenizer
 
 LENGTH = 32
@@ -57,6 +58,10 @@ def config(tmp_path: Path, corpus: Path, tiny_base: Path) -> Config:
     )
 
 
+def prepare(config: Config) -> PreparedPacks:
+    return stage.prepare(config, wanted_packs(config))
+
+
 def with_data(config: Config, **data: Any) -> Config:
     return config.model_copy(update={"data": config.data.model_copy(update=data)})
 
@@ -65,21 +70,21 @@ def with_data(config: Config, **data: Any) -> Config:
 def made(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Replaces Ray by a loop that goes through the units backwards; the list tells which were made, not found."""
     made: list[int] = []
-    original = stage.UnitWork.make
+    original = unit_work.UnitWork.make
 
-    def make(self: stage.UnitWork, unit: Unit) -> dict[str, Any]:
+    def make(self: unit_work.UnitWork, unit: Unit) -> dict[str, Any]:
         made.append(unit.index)
         return original(self, unit)
 
     def loop(units: list[Unit], work: tuple[str, int | None, int, str], key: str) -> list[dict[str, Any]]:
-        actor = UnitActor(*work)
-        results = [actor({"description": np.array([unit.to_json()])}) for unit in reversed(units)]
-        errors = [result["error"][0] for result in results if result["error"][0]]
+        rows = [{"unit": unit.index, "description": unit.to_json()} for unit in reversed(units)]
+        results = [unit_work.make_unit(row, *work) for row in rows]
+        errors = [result["error"] for result in results if result["error"]]
         if errors:
             raise ConfigError(f"{key}: {errors[0]}")
-        return [json.loads(result["summary"][0]) for result in reversed(results)]
+        return [json.loads(result["summary"]) for result in reversed(results)]
 
-    monkeypatch.setattr(stage.UnitWork, "make", make)
+    monkeypatch.setattr(unit_work.UnitWork, "make", make)
     monkeypatch.setattr(stage, "_pack_units", loop)
     monkeypatch.setattr(stage, "cut_units", small_units(stage.cut_units))
     return made
@@ -187,7 +192,7 @@ def test_what_was_interrupted_is_resumed(
 ) -> None:
     whole = files_of(prepare(config).train)
     again = config.model_copy(update={"run": config.run.model_copy(update={"storage": str(tmp_path / "again")})})
-    place, placed = stage._place, list[str]()
+    place, placed = unit_work._place, list[str]()
 
     def dying(file: str, target: UPath) -> None:
         placed.append(target.name)
@@ -196,10 +201,10 @@ def test_what_was_interrupted_is_resumed(
         place(file, target)
 
     made.clear()
-    monkeypatch.setattr(stage, "_place", dying)
+    monkeypatch.setattr(unit_work, "_place", dying)
     with pytest.raises(KeyboardInterrupt):
         prepare(again)
-    monkeypatch.setattr(stage, "_place", place)
+    monkeypatch.setattr(unit_work, "_place", place)
     folder = next((tmp_path / "again" / "packs").iterdir())
     assert not (folder / "manifest.json").exists()
     begun, committed = set(made), {int(path.stem) for path in (folder / "units").glob("?????.json")}
@@ -271,14 +276,14 @@ def test_a_full_disk_is_reported_in_one_line(config: Config, made: list[int], mo
     def full(file: str, target: UPath) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(stage, "_place", full)
+    monkeypatch.setattr(unit_work, "_place", full)
     with pytest.raises(ConfigError, match=r"below run.storage \(.*No space left on device\)") as error:
         prepare(config)
     assert "\n" not in str(error.value)
 
 
 def test_memory_holds_a_window_of_documents(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stage, "WINDOW_TOKENS", 1000)
+    monkeypatch.setattr(unit_work, "WINDOW_TOKENS", 1000)
     alive = Counter[str]()
     most = 0
 
@@ -291,18 +296,18 @@ def test_memory_holds_a_window_of_documents(monkeypatch: pytest.MonkeyPatch) -> 
             most = max(most, alive["documents"])
             yield str(n), ids
 
-    rows = sum(1 for _ in stage._rows(documents(), LENGTH))
+    rows = sum(1 for _ in unit_work._rows(documents(), LENGTH))
     assert rows >= 500 * 50 / LENGTH
     assert 20 <= most <= 25  # a window closes at 1000 tokens: 20 documents, and the few that are on their way
 
 
 def test_a_window_is_packed_on_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stage, "WINDOW_TOKENS", 40)
+    monkeypatch.setattr(unit_work, "WINDOW_TOKENS", 40)
     documents = [(str(n), np.full(20, n, np.int32)) for n in range(5)]
-    rows = list(stage._rows(documents, LENGTH))
+    rows = list(unit_work._rows(documents, LENGTH))
     assert [row.document_ids for row in rows] == [("0",), ("1",), ("2",), ("3",), ("4",)]
-    monkeypatch.setattr(stage, "WINDOW_TOKENS", 1000)
-    rows = list(stage._rows([(name, ids[:16]) for name, ids in documents], LENGTH))
+    monkeypatch.setattr(unit_work, "WINDOW_TOKENS", 1000)
+    rows = list(unit_work._rows([(name, ids[:16]) for name, ids in documents], LENGTH))
     assert [row.document_ids for row in rows] == [("0", "1"), ("2", "3"), ("4",)]
 
 

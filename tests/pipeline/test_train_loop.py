@@ -3,8 +3,9 @@ from typing import Any
 import pytest
 import torch
 
+from pipeline.assignment import FinalError
 from pipeline.config import Config, ConfigError, parse_config
-from pipeline.train_loop import FinalError, group_size_at
+from pipeline.train_loop import group_size_at
 from pipeline.train_worker import final_reason
 
 

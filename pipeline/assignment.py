@@ -1,0 +1,21 @@
+"""What the driver tells its workers, and the error with which a worker ends a run."""
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """What the driver tells every worker."""
+
+    config: dict[str, Any]
+    run_folder: str
+    train_packs: str
+    validation_packs: str | None
+    base_fingerprint: str
+    run_log: Any
+    """Handle of the RunLog actor."""
+
+
+class FinalError(RuntimeError):
+    """An error that trying again would repeat: it ends the run. Its message is one line."""
