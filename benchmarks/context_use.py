@@ -26,7 +26,7 @@ from upath import UPath
 from pipeline.config import ConfigError
 from pipeline.evaluation import context_use_of
 from pipeline.evaluation_report import context_table
-from pipeline.models import run_config
+from pipeline.run_config import run_config
 
 RESULTS = Path(__file__).parent / "results"
 

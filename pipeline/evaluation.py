@@ -23,6 +23,7 @@ from pipeline import checkpoints, models
 from pipeline.config import Config, ConfigError, local_path
 from pipeline.documents import cut_units, find_sources, read_documents
 from pipeline.evaluation_report import context_table, perplexity_plot, perplexity_table
+from pipeline.run_config import run_config
 from pipeline.storage import read_json, write_atomic, write_json
 from pipeline.tokens import Tokenizer, tokenise
 
@@ -83,7 +84,7 @@ def context_use_of(run_folder: UPath, blocks: int) -> Row:
 
     Runs with equal held-out documents, tokenizer and evaluation lengths are measured on the same blocks.
     """
-    config = models.run_config(run_folder)
+    config = run_config(run_folder)
     config = config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"context_blocks": blocks})})
     targets = select_targets(config, held_out_documents(config), Console(stderr=True))
     model = models.placed(models.trained_model(config, models.newest_checkpoint(run_folder)))

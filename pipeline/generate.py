@@ -19,6 +19,7 @@ from upath import UPath
 from longlora.merge import merged_model
 from pipeline import models
 from pipeline.config import ConfigError
+from pipeline.run_config import run_config
 
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
@@ -83,7 +84,7 @@ def load(model: str) -> Loaded:
 
 
 def _from_run(run: UPath, checkpoint: UPath) -> Loaded:
-    config = models.run_config(run)
+    config = run_config(run)
     return models.trained_model(config, checkpoint), models.tokenizer_of(config)
 
 

@@ -6,6 +6,7 @@ python pipeline/main.py [COMMAND] [--config FILE] [section.key=value …]
 import argparse
 import os
 import sys
+import warnings
 from pathlib import Path
 
 # With `python pipeline/main.py` Python puts this folder first on the path, where a file could hide an installed
@@ -48,6 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not arguments or (arguments[0] not in (*STAGES, "generate") and arguments[0] not in ("-h", "--help")):
         arguments.insert(0, "run")
     options = parser().parse_args(arguments)
+    _quiet_libraries()
     try:
         if options.command == "generate":
             _generate(options)
@@ -62,6 +64,18 @@ def main(arguments: list[str] | None = None) -> int:
         print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
     return 0
+
+
+def _quiet_libraries() -> None:
+    """Progress is ours to show; set before transformers and Ray are imported, here and (inherited) in the workers."""
+    for name, value in {
+        "TRANSFORMERS_VERBOSITY": "error",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }.items():
+        os.environ.setdefault(name, value)
+    # PEFT asks transformers for it by its old name, which nobody here can change.
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
 
 
 def _generate(options: argparse.Namespace) -> None:

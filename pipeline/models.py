@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import yaml
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -25,16 +24,8 @@ from upath import UPath
 from longlora.merge import merged_model
 from longlora.model import build_base
 from pipeline import checkpoints
-from pipeline.config import Config, ConfigError, local_path, parse_config
+from pipeline.config import Config, ConfigError, local_path
 from pipeline.storage import is_local
-
-
-def run_config(run_folder: UPath) -> Config:
-    """The config that a run was started with, as saved in its folder."""
-    path = run_folder / "config.yaml"
-    if not path.exists():
-        raise ConfigError(f"{run_folder}: is no run folder, it has no config.yaml")
-    return parse_config(yaml.safe_load(path.read_text(encoding="utf-8")))
 
 
 def newest_checkpoint(run_folder: UPath) -> UPath:

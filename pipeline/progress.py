@@ -2,9 +2,11 @@
 
 import sys
 import threading
+from contextlib import suppress
 from typing import Any
 
 import ray
+from ray.exceptions import RayActorError
 from rich.console import Console
 from rich.live import Live
 
@@ -34,7 +36,12 @@ def status_line(status: Status) -> str:
 
 
 def show_progress(run_log: Any, finished: threading.Event) -> None:
-    """Shows the run's status until `finished` is set, and its last state then."""
+    """Shows the run's status until `finished` is set, and its last state then; nothing more once its log has died."""
+    with suppress(RayActorError):
+        _show(run_log, finished)
+
+
+def _show(run_log: Any, finished: threading.Event) -> None:
     console = Console()
     if not sys.stdout.isatty():
         shown = ""

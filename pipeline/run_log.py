@@ -9,9 +9,9 @@ from typing import Any
 
 from upath import UPath
 
-from pipeline.config import parse_config
+from pipeline.config import Config, ConfigError, parse_config
 from pipeline.ledger import Event, LedgerWriter, StepRecord
-from pipeline.tracking import Tracker
+from pipeline.tracking import Tracker, tracking_uri
 
 RATE_WINDOW = 10  # steps over which tokens/s and the remaining time are estimated
 
@@ -40,7 +40,7 @@ class RunLog:
         config = parse_config(config_values)
         self.folder = UPath(run_folder)
         self.ledger = LedgerWriter(self.folder)
-        self.tracker = Tracker(config, self.folder)
+        self.tracker = _tracker(config, self.folder)
         self.status_now = Status(steps=config.optimization.steps)
         # A step that is redone after a restart has the same metrics: MLflow gets each once.
         self._logged = self.tracker.last_step("train/loss")
@@ -110,3 +110,12 @@ class RunLog:
         """Ends the MLflow run as FINISHED, FAILED or KILLED, and the ledger."""
         self.ledger.close()
         self.tracker.close(status)
+
+
+def _tracker(config: Config, folder: UPath) -> Tracker:
+    """The run's Tracker; ConfigError if MLflow cannot be used, whatever it and its database raise."""
+    try:
+        return Tracker(config, folder)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(f"MLflow at {tracking_uri(config)!r} cannot be used: {reason}") from None

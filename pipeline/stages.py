@@ -1,20 +1,18 @@
 """The flow of a run: prepare → train → evaluate → export, each skipped where it is done."""
 
-import os
-
 from upath import UPath
 
-from pipeline.config import Config, ConfigError, local_path, parse_config
+from pipeline.config import Config, ConfigError, local_path
+from pipeline.run_config import check_unchanged
 from pipeline.session import ray_session, run_where_the_gpus_are
-from pipeline.storage import run_folder, write_atomic
+from pipeline.storage import run_folder
 
 
 def run_stages(config: Config, command: str) -> None:
     """Runs one stage, or all of them for "run". ConfigError, one line, for what the user can mend."""
-    _quiet_libraries()
     check_model(config)
     folder = run_folder(config)
-    _keep_config(config, folder)
+    check_unchanged(config, folder)
     if command in ("run", "prepare", "train"):
         _prepare_and_train(config, folder, train=command != "prepare")
     if command in ("run", "evaluate"):
@@ -64,11 +62,13 @@ def _prepare_and_train(config: Config, folder: UPath, train: bool) -> None:
 
     wanted = wanted_packs(config)  # before Ray starts: a missing file is found in a second
     with ray_session(config):
-        packs = prepare(config, wanted)
-        if train:
-            from pipeline.train_driver import train as train_run
+        if not train:
+            prepare(config, wanted)
+            return
+        from pipeline import train_driver
 
-            train_run(config, folder, packs)
+        train_driver.check_resources(config)
+        train_driver.train(config, folder, prepare(config, wanted))
 
 
 def _evaluate(config: Config, folder: UPath) -> None:
@@ -81,33 +81,3 @@ def _evaluate(config: Config, folder: UPath) -> None:
         tracker.metrics(metrics, step=config.optimization.steps)
         tracker.artifacts(folder / "evaluation")
         tracker.close("FINISHED")
-
-
-def _keep_config(config: Config, folder: UPath) -> None:
-    """Writes the resolved config of a new run; refuses to resume one whose decisive settings were others."""
-    path = folder / "config.yaml"
-    if path.exists():
-        import yaml
-
-        before = parse_config(yaml.safe_load(path.read_text(encoding="utf-8"))).decisive()
-        now = config.decisive()
-        allowed = set(config.run.allow_config_change)
-        changed = [key for key in now if now[key] != before.get(key) and key not in allowed]
-        if changed:
-            key = changed[0]
-            more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
-            raise ConfigError(
-                f"{key} is {now[key]!r}, and run {config.run.name!r} was started with {before.get(key)!r}{more}: "
-                f"give the run another name, or allow it with run.allow_config_change='[{key}]'"
-            )
-    write_atomic(path, config.to_yaml().encode())
-
-
-def _quiet_libraries() -> None:
-    """Progress is ours to show; set before transformers and Ray are imported, here and (inherited) in the workers."""
-    for name, value in {
-        "TRANSFORMERS_VERBOSITY": "error",
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-    }.items():
-        os.environ.setdefault(name, value)

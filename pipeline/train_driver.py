@@ -3,9 +3,11 @@
 import os
 import threading
 import time
+from contextlib import suppress
 from typing import Any
 
 import ray
+from ray.exceptions import RayActorError
 from ray.train import UserCallback
 from ray.train.torch import TorchConfig
 
@@ -22,6 +24,7 @@ from pipeline.config import Config, ConfigError, local_path
 from pipeline.packs import Packs, check_enough
 from pipeline.prepare import PreparedPacks
 from pipeline.progress import show_progress
+from pipeline.run_config import keep_config
 from pipeline.run_log import RunLog
 from pipeline.session import on_cluster, uses_gpu
 from pipeline.train_worker import train_worker
@@ -50,7 +53,7 @@ def train(config: Config, run_folder: UPath, packs: PreparedPacks) -> None:
         checkpoints.check_resumable(state, train_packs.fingerprint, base)
         if state.step >= config.optimization.steps:
             return
-    _check_resources(config)
+    keep_config(config, run_folder)
     run_log = _start_run_log(config, run_folder)
     assignment = Assignment(
         config=config.model_dump(mode="json"),
@@ -68,7 +71,7 @@ def train(config: Config, run_folder: UPath, packs: PreparedPacks) -> None:
         _trainer(config, run_folder, assignment).fit()
         status = "FINISHED"
     except TrainingFailedError as error:
-        reason = ray.get(run_log.status.remote()).error
+        reason = _final_reason(run_log)
         raise ConfigError(reason) if reason else _plain(error) from None
     except KeyboardInterrupt:
         status = "KILLED"
@@ -76,7 +79,8 @@ def train(config: Config, run_folder: UPath, packs: PreparedPacks) -> None:
     finally:
         finished.set()
         progress.join()
-        ray.get(run_log.close.remote(status))
+        with suppress(RayActorError):  # without a log there is nothing to close
+            ray.get(run_log.close.remote(status))
 
 
 def _trainer(config: Config, run_folder: UPath, assignment: Assignment) -> TorchTrainer:
@@ -109,20 +113,31 @@ def _start_run_log(config: Config, run_folder: UPath) -> Any:
     return actor.remote(config.model_dump(mode="json"), str(run_folder))
 
 
-def _check_resources(config: Config) -> None:
-    """ConfigError if a worker asks for what this machine does not have."""
+def check_resources(config: Config) -> None:
+    """ConfigError if a worker asks for what no node of this Ray has; a cluster's autoscaler may bring one that does."""
     wanted = {"CPU": config.workers.cpus, **config.workers.resources, **({"GPU": 1} if uses_gpu(config) else {})}
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     for name, amount in wanted.items():
         largest = max((node.get(name, 0) for node in nodes), default=0)
-        if largest < amount and not on_cluster():  # on a cluster the autoscaler may bring such a node
+        if largest < amount and not on_cluster():
             raise ConfigError(
                 f"workers: each needs {amount:g} {name}, and the largest node has {largest:g}; "
                 "lower the request or add such a node"
             )
 
 
+def _final_reason(run_log: Any) -> str:
+    """Why the run had to end: what a worker said, or why the log itself could not be started; empty if nothing did."""
+    try:
+        return ray.get(run_log.status.remote()).error
+    except RayActorError as error:
+        return _last_line(error).partition("ConfigError: ")[2]
+
+
 def _plain(error: TrainingFailedError) -> RuntimeError:
-    """The last lines of Ray's report: the worker's own error, without the frames of Ray."""
-    lines = [line for line in str(error).strip().splitlines() if line.strip()]
-    return RuntimeError(f"training failed after all retries: {lines[-1].strip() if lines else error}")
+    """The worker's own error, without the frames of Ray."""
+    return RuntimeError(f"training failed after all retries: {_last_line(error)}")
+
+
+def _last_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[-1].strip()
