@@ -1,5 +1,6 @@
 """Where runs live: a local folder or an object store, behind one path type (universal_pathlib.UPath)."""
 
+import errno
 import json
 import os
 from typing import Any
@@ -31,6 +32,14 @@ def storage_root(config: Config) -> UPath:
 def run_folder(config: Config) -> UPath:
     """`<run.storage>/<run.name>`."""
     return storage_root(config) / config.run.name
+
+
+def full_disk(error: BaseException) -> str:
+    """One line for an error that says that storage takes no more; empty for any other."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+        text = " ".join(str(error).split())
+        return f"run.storage cannot be written: {text}; make room, the run goes on from its last checkpoint"
+    return ""
 
 
 def is_local(path: UPath) -> bool:

@@ -1,12 +1,11 @@
 """The entry point of a worker: runs the loop, and says of an error whether trying again can help."""
 
-import errno
-
 import ray
 import torch
 
 from pipeline.assignment import Assignment, FinalError
 from pipeline.config import ConfigError
+from pipeline.storage import full_disk
 
 
 def train_worker(settings: dict[str, Assignment]) -> None:
@@ -31,8 +30,8 @@ def final_reason(error: Exception) -> str:
             f"out of GPU memory: {text[:160]}; lower optimization.micro_batch or context.length, "
             "or set model.gradient_checkpointing: true"
         )
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-        return f"run.storage cannot be written: {text}; make room, the run goes on from its last checkpoint"
+    if full_disk(error):
+        return full_disk(error)
     if isinstance(error, FinalError | ConfigError | ValueError):
         return text
     return ""

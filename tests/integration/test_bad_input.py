@@ -61,8 +61,12 @@ def test_a_mistake_that_ray_is_needed_for_is_one_line_too(mistake: str, make_run
 
 @pytest.mark.parametrize(
     ("size", "named"),
-    [("100k", "the shard cannot be written below run.storage"), ("700k", "MLflow at 'sqlite:")],
-    ids=["packs", "MLflow"],
+    [
+        ("40k", "run.storage cannot be written"),
+        ("72k", "the shard cannot be written below run.storage"),
+        ("700k", "MLflow at 'sqlite:"),
+    ],
+    ids=["tokenizer", "packs", "MLflow"],
 )
 def test_a_full_disk_is_one_line(size: str, named: str, make_run: Callable, tmp_path: Path) -> None:
     run, disk = make_run("run"), tmp_path / "disk"
