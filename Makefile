@@ -27,8 +27,8 @@ check: setup  ## Check format, lint and types
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/mypy
 
-bench: setup  ## Run every benchmark on this machine
-	@for benchmark in benchmarks/*.py; do echo "$$benchmark"; $(BIN)/python "$$benchmark" || exit 1; done
+bench: setup  ## Time attention on this machine (benchmarks/context_use.py compares trained runs)
+	$(BIN)/python benchmarks/attention.py
 
 schema: setup  ## Write configs/schema.json, which editors read, from the typed config
 	$(BIN)/python -c "import json; from pipeline.config import json_schema; \
