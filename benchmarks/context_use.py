@@ -9,17 +9,13 @@ difference between lines is what S²-Attn costs in use of context.
 """
 
 import argparse
-import json
 import os
-import platform
-import shlex
 import sys
 import time
-from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import torch
+from figures import machine, save
 from rich.console import Console
 from upath import UPath
 
@@ -27,8 +23,6 @@ from pipeline.config import ConfigError
 from pipeline.evaluation import context_use_of
 from pipeline.evaluation_report import context_table
 from pipeline.run_config import run_config
-
-RESULTS = Path(__file__).parent / "results"
 
 
 def main() -> int:
@@ -41,7 +35,12 @@ def main() -> int:
         return 2
     Console().print(context_table(report["rows"], report["blocks"], report["block_tokens"]))
     if options.save:
-        print(f"written to {save(report, runs)}")
+        facts = machine(
+            "cuda" if torch.cuda.is_available() else "cpu",
+            blocks=report["blocks"],
+            block_tokens=report["block_tokens"],
+        )
+        print(f"written to {save('context-use', 'Loss with more context, on the same blocks', facts, report['rows'])}")
     return 0
 
 
@@ -76,21 +75,6 @@ def compare(runs: list[UPath], blocks: int) -> dict[str, Any]:
         reports.append(context_use_of(run, blocks))
         print(f"{run.name}: {time.monotonic() - started:.0f} s", flush=True)
     return {**reports[0], "rows": [row for report in reports for row in report["rows"]]}
-
-
-def save(report: dict[str, Any], runs: list[UPath]) -> Path:
-    now = datetime.now(UTC)
-    machine = {
-        "date": now.strftime("%Y-%m-%d"),
-        "command": shlex.join(["python", "benchmarks/context_use.py", *(run.name for run in runs)]),
-        "torch": torch.__version__,
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
-        "threads": torch.get_num_threads(),
-    }
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{machine['date']}-context-use.json"
-    path.write_text(json.dumps({"machine": machine, **report}, indent=2) + "\n", encoding="utf-8")
-    return path
 
 
 if __name__ == "__main__":

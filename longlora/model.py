@@ -11,7 +11,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from longlora.adapters import attach_adapter, enable_full_training
-from longlora.attention import hf
+from longlora.attention import BackendChoice, choose_backend, hf
 from longlora.loss import summed_cross_entropy
 from longlora.rope import extend_rope
 from longlora.segments import SegmentPlan, plan_segments
@@ -20,12 +20,13 @@ from longlora.segments import SegmentPlan, plan_segments
 class LongContextModel(nn.Module):
     """A causal language model that takes one row of documents and returns the sum of its token losses.
 
-    `network` is the transformers model, or the PeftModel around it.
+    `network` is the transformers model, or the PeftModel around it; `attention_backend` is `s2_attention`'s `backend`.
     """
 
-    def __init__(self, network: PreTrainedModel | PeftModel) -> None:
+    def __init__(self, network: PreTrainedModel | PeftModel, attention_backend: str = "auto") -> None:
         super().__init__()
         self.network = network
+        self.attention_backend = attention_backend
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, targets: Tensor, segment_plan: SegmentPlan) -> Tensor:
         """Σ −log p(target) in nats, an fp32 scalar.
@@ -37,9 +38,19 @@ class LongContextModel(nn.Module):
         causal_lm = cast(PreTrainedModel, network.get_base_model() if isinstance(network, PeftModel) else network)
         # The decoder alone: the causal model would make the logits of the whole row.
         output = causal_lm.get_decoder()(
-            input_ids=input_ids, position_ids=position_ids, use_cache=False, segment_plan=segment_plan
+            input_ids=input_ids,
+            position_ids=position_ids,
+            use_cache=False,
+            segment_plan=segment_plan,
+            attention_backend=self.attention_backend,
         )
         return summed_cross_entropy(output.last_hidden_state[0], causal_lm.get_output_embeddings(), targets)
+
+    def backend_choice(self, device: torch.device | str) -> BackendChoice:
+        """The attention backend that runs on `device`; ValueError if it is a named one that cannot."""
+        config: PreTrainedConfig = self.network.config
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return choose_backend(device, cast(torch.dtype, self.network.dtype), head_dim, self.attention_backend)
 
 
 def build_base(
@@ -49,6 +60,7 @@ def build_base(
     dtype: torch.dtype,
     rope: str | None,
     context_length: int,
+    native_length: int | None = None,
     sliding_window: Literal["model"] | None = "model",
     gradient_checkpointing: bool,
     init_seed: int,
@@ -59,13 +71,16 @@ def build_base(
     """The base model with its context extended to `context_length` by the `rope` method (see `extend_rope`).
 
     From a Hugging Face folder or hub name (safetensors only), or, randomly initialised with `init_seed`, from a
-    transformers config with its `model_type`. `rope` None keeps the model's positions, which must then reach
+    transformers config with its `model_type`. `native_length` corrects a config whose `max_position_embeddings` is not
+    what the model reads (see `extend_rope`). `rope` None keeps the model's positions, which must then reach
     `context_length`. `sliding_window` None removes the model's window, "model" keeps it. On "meta" nothing is loaded:
     shapes only.
     Raises ValueError for a model that cannot be used, with the reason.
     """
     config = _base_config(name_or_path, model_config, revision)
     check_supported(config)
+    if native_length is not None:
+        config.max_position_embeddings = native_length
     config = _with_context(config, context_length, rope)
     config = _with_window(config, context_length, sliding_window)
     if attention == "s2":
@@ -85,9 +100,13 @@ def build_base(
     return model
 
 
-def training_model(base: PreTrainedModel, adapter: dict[str, Any] | None) -> LongContextModel:
+def training_model(
+    base: PreTrainedModel, adapter: dict[str, Any] | None, attention_backend: str = "auto"
+) -> LongContextModel:
     """`base` ready to train: with the adapter that `attach_adapter` makes of these settings, or in full if None."""
-    return LongContextModel(enable_full_training(base) if adapter is None else attach_adapter(base, **adapter))
+    network = enable_full_training(base) if adapter is None else attach_adapter(base, **adapter)
+    # transformers loads models in eval mode, in which layers neither drop out nor recompute their activations.
+    return LongContextModel(network, attention_backend).train()
 
 
 def check_supported(config: PreTrainedConfig) -> None:
@@ -144,7 +163,7 @@ def _dry_run(config: PreTrainedConfig) -> tuple[int, bool]:
         dimensions = (query.shape[-1], key.shape[-1], value.shape[-1])
         if len(set(dimensions)) > 1:
             raise ValueError(f"its heads have {dimensions} dimensions in q, k and v, and S²-Attn needs equal ones")
-        hf._refuse_unhandled(segment_plan, keywords)
+        hf.refuse_unhandled(segment_plan, keywords)
         return query.transpose(1, 2), None
 
     AttentionInterface.register("s2-dry-run", checked_attention)

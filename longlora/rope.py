@@ -17,6 +17,7 @@ def extend_rope(config: PreTrainedConfig, target_length: int, method: str) -> Pr
     """A copy of `config` whose rotary positions reach `target_length` tokens, its new `max_position_embeddings`.
 
     A model that is already scaled is extended from what it has; its `max_position_embeddings` is what it reaches now.
+    (Some linearly scaled models were published with the length before scaling there: it has to be corrected first.)
 
     linear: positions shrink by the ratio of lengths (position interpolation, Chen et al. 2023, arXiv 2306.15595).
     ntk: theta grows by ratio^(d/(d−2)), d the rotary dimension: the slowest frequency shrinks by the ratio, the fastest

@@ -74,6 +74,8 @@ class Model(Section):
 class Context(Section):
     length: Annotated[int, Field(ge=2)]
     """The new context in tokens: sequence length of training and `max_position_embeddings` of what is exported."""
+    native_length: Positive | None = None
+    """Tokens that `model.base` reads, if not `max_position_embeddings`: some linear-scaled models keep the old one."""
     rope: RopeMethod = "linear"
     """How rotary positions are stretched to `length`: linear is the paper's position interpolation."""
 
@@ -103,7 +105,7 @@ class Adapter(Section):
     alpha: Annotated[float, Field(gt=0)] = 16
     """LoRA scale: the update is multiplied by alpha ÷ rank (alpha ÷ √rank with `rslora`)."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Dropout before the A matrices, seeded by (seed, step, sequence)."""
+    """Dropout before the A matrices, seeded by `run.seed` and the sequence's position in the run."""
     targets: list[str] | Literal["auto"] = "auto"
     """Names of the linear layers that get LoRA; `auto` finds the attention projections."""
     rslora: bool = False
@@ -240,6 +242,11 @@ class Config(Section):
         if self.evaluation.every_steps is not None and not self.data.validation:
             raise ValueError(
                 "evaluation.every_steps needs data.validation: name the held-out documents, or set it to null"
+            )
+        if self.adapter.dropout and self.optimization.micro_batch > 1:
+            raise ValueError(
+                f"adapter.dropout {self.adapter.dropout} needs optimization.micro_batch 1: rows of one micro-batch "
+                "would drop out differently at another number of workers"
             )
         too_long = [n for n in self.evaluation.lengths if n > self.context.length]
         if too_long:

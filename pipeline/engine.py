@@ -71,6 +71,7 @@ class TrainingEngine:
     def __init__(self, model: LongContextModel, optimizer: torch.optim.Optimizer, config: Config) -> None:
         self.world_size = dist.get_world_size()
         self.zero_stage = config.workers.zero_stage
+        self.seed = config.run.seed
         self.names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         self.engine, *_ = deepspeed.initialize(
             model=model,
@@ -96,6 +97,7 @@ class TrainingEngine:
         scale = self.world_size / target_tokens
         with self.engine.coalesce_grad_reduction():
             for batch in self._fill(batches):
+                self._seed_dropout(batch)
                 loss = self._loss(batch, group_size)
                 self.engine.backward(loss * scale, scale_wrt_gas=False)
                 losses.append(loss.detach())
@@ -128,6 +130,11 @@ class TrainingEngine:
         return self.engine(
             input_ids=batch.input_ids, position_ids=batch.position_ids, targets=batch.targets, segment_plan=plan
         )
+
+    def _seed_dropout(self, batch: MicroBatch) -> None:
+        """Dropout depends on the run's seed and on what is trained, not on the worker or on what came before."""
+        if batch.positions:
+            torch.manual_seed(self.seed << 32 | batch.positions[0])
 
     def _fill(self, batches: Sequence[MicroBatch]) -> Sequence[MicroBatch]:
         """Adds zero-weight micro-batches where all ranks must run as many: under ZeRO-3, and on a rank without any."""

@@ -1,6 +1,6 @@
-"""The models of a run, as plain transformers models with dense attention.
+"""The models of a run: the one that trains, and plain transformers models with dense attention.
 
-They are what is evaluated, exported and generated from; training builds its own (S²-Attn, adapters apart).
+The latter are what is evaluated, exported and generated from.
 """
 
 import tempfile
@@ -22,7 +22,7 @@ from transformers import (
 from upath import UPath
 
 from longlora.merge import merged_model
-from longlora.model import build_base
+from longlora.model import LongContextModel, build_base, training_model
 from pipeline import checkpoints
 from pipeline.config import Config, ConfigError, local_path
 from pipeline.storage import is_local
@@ -47,8 +47,43 @@ def published_config(config: Config) -> PreTrainedConfig:
 
 
 def native_length(config: Config) -> int:
-    """The context of `model.base` as published, in tokens; `context.length` for a random model, which has no other."""
-    return config.context.length if config.model.base is None else published_config(config).max_position_embeddings
+    """The context of `model.base`, in tokens; `context.length` for a random model, which has no other."""
+    if config.model.base is None:
+        return config.context.length
+    return config.context.native_length or published_config(config).max_position_embeddings
+
+
+def build_model(config: Config, device: Literal["cpu", "meta"] = "cpu") -> LongContextModel:
+    """The model that trains: base → RoPE → S²-Attn → adapters, as the config says. On "meta" shapes only."""
+    adapter = config.adapter
+    base = _built(
+        config,
+        config.context.rope,
+        config.context.length,
+        config.model.sliding_window,
+        gradient_checkpointing=config.model.gradient_checkpointing,
+        attention="s2",
+        device=device,
+    )
+    settings = adapter.model_dump(exclude={"kind", "lora_b_lr_ratio"})
+    return training_model(base, settings if adapter.kind == "lora" else None, config.attention.backend)
+
+
+def scaling_note(config: Config) -> str:
+    """A line about a base whose config leaves open how far it reads; empty for any other.
+
+    Models with linear scaling are published with the length before it (Vicuna 16k) and with the length after it.
+    """
+    if config.model.base is None or config.context.native_length is not None:
+        return ""
+    published = published_config(config)
+    rope, length = published.rope_parameters, published.max_position_embeddings
+    if rope["rope_type"] != "linear":
+        return ""
+    return (
+        f"model: its positions are scaled by {rope['factor']:g}, and it is taken to read {length:,} tokens; if that is "
+        f"the length before scaling, set context.native_length={length * rope['factor']:.0f}"
+    )
 
 
 def base_model(config: Config) -> PreTrainedModel:
@@ -94,7 +129,16 @@ def local_weights(checkpoint: UPath) -> Iterator[Path]:
         yield Path(folder)
 
 
-def _built(config: Config, rope: str | None, length: int, sliding_window: Literal["model"] | None) -> PreTrainedModel:
+def _built(
+    config: Config,
+    rope: str | None,
+    length: int,
+    sliding_window: Literal["model"] | None,
+    *,
+    gradient_checkpointing: bool = False,
+    attention: Literal["s2", "sdpa"] = "sdpa",
+    device: Literal["cpu", "meta"] = "cpu",
+) -> PreTrainedModel:
     model = config.model
     return build_base(
         local_path(model.base) if model.base else None,
@@ -102,10 +146,12 @@ def _built(config: Config, rope: str | None, length: int, sliding_window: Litera
         dtype=getattr(torch, model.dtype),
         rope=rope,
         context_length=length,
+        native_length=config.context.native_length,
         sliding_window=sliding_window,
-        gradient_checkpointing=False,
+        gradient_checkpointing=gradient_checkpointing,
         init_seed=config.run.seed,
-        attention="sdpa",
+        attention=attention,
+        device=device,
         revision=model.revision,
     )
 

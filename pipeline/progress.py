@@ -3,7 +3,7 @@
 import sys
 import threading
 from contextlib import suppress
-from typing import Any
+from typing import Any, Self
 
 import ray
 from ray.exceptions import RayActorError
@@ -42,17 +42,32 @@ def show_progress(run_log: Any, finished: threading.Event) -> None:
 
 
 def _show(run_log: Any, finished: threading.Event) -> None:
-    console = Console()
-    if not sys.stdout.isatty():
-        shown = ""
-        while not finished.wait(PLAIN_INTERVAL_S):
-            line = status_line(ray.get(run_log.status.remote()))
-            if line != shown:
-                print(line, flush=True)
-            shown = line
-        print(status_line(ray.get(run_log.status.remote())), flush=True)
-        return
-    with Live(console=console, refresh_per_second=4) as live:
-        while not finished.wait(LIVE_INTERVAL_S):
-            live.update(status_line(ray.get(run_log.status.remote())))
-        live.update(status_line(ray.get(run_log.status.remote())))
+    live = sys.stdout.isatty()
+    with Live(refresh_per_second=4) if live else PlainLines() as display:
+        attempt, ended = 0, False
+        while not ended:
+            ended = finished.wait(LIVE_INTERVAL_S if live else PLAIN_INTERVAL_S)
+            status: Status = ray.get(run_log.status.remote())
+            if status.attempt > attempt:
+                attempt = status.attempt
+                display.console.print(f"attention: {status.attention}", soft_wrap=True, highlight=False)
+            display.update(status_line(status))
+
+
+class PlainLines:
+    """In place of rich's Live where the output is no terminal: a line whenever it has changed."""
+
+    def __init__(self) -> None:
+        self.console = Console()
+        self._shown = ""
+
+    def update(self, line: str) -> None:
+        if line != self._shown:
+            print(line, flush=True)
+        self._shown = line
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass

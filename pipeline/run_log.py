@@ -29,6 +29,8 @@ class Status:
     world_size: int = 0
     remaining_s: float | None = None
     attempt: int = 0
+    attention: str = ""
+    """The attention backend, and why those preferred to it do not run."""
     error: str = ""
     """One line if the run must end: a mistake in config or data, or no memory, which trying again would not mend."""
 
@@ -54,6 +56,7 @@ class RunLog:
         self._recent.clear()
         status = self.status_now
         status.phase, status.step, status.world_size, status.attempt = "training", step, world_size, attempt
+        status.attention = details["attention"]
         return attempt
 
     def step(self, record: StepRecord) -> None:

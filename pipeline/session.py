@@ -19,14 +19,16 @@ TRAIN_SETTINGS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
 }
-WORKER_ENVIRONMENT = {
-    "TOKENIZERS_PARALLELISM": "false",
-    # glibc gives large blocks back to the system at once and takes them again a moment later, each page cleared anew:
-    # a training step on CPU spends a quarter of its time there. Let it keep them.
+# glibc gives large blocks back to the system at once and takes them again a moment later, each page cleared anew: a
+# training step on CPU spends a quarter of its time there. Let it keep them.
+KEEP_MEMORY = {
     "MALLOC_MMAP_THRESHOLD_": str(1 << 32),
     "MALLOC_TRIM_THRESHOLD_": str(1 << 33),
     "MALLOC_TOP_PAD_": str(1 << 27),
 }
+# Under ZeRO-3 each weight is there in full for a moment, between the shares that stay. Kept memory would be full of
+# holes: three times a rank's share of the base instead of 1.1 times (docs/decisions.md, 8).
+RETURN_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 18)}
 
 
 @contextmanager
@@ -43,7 +45,8 @@ def ray_session(config: Config) -> Iterator[None]:
 
     # DeepSpeed compiles its CPU op with the ninja that it finds first: it must be the environment's, here and there.
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    environment = {"env_vars": {"PYTHONPATH": str(REPOSITORY), "PATH": path, **WORKER_ENVIRONMENT}}
+    variables = worker_environment(config.workers.zero_stage)
+    environment = {"env_vars": {"PYTHONPATH": str(REPOSITORY), "PATH": path, **variables}}
     if on_cluster():
         ray.init(runtime_env=environment, logging_level=logging.ERROR)
     else:
@@ -61,6 +64,11 @@ def ray_session(config: Config) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def worker_environment(zero_stage: int) -> dict[str, str]:
+    """Variables that must be there before a worker's process starts."""
+    return {"TOKENIZERS_PARALLELISM": "false", **(RETURN_MEMORY if zero_stage == 3 else KEEP_MEMORY)}
 
 
 def on_cluster() -> bool:

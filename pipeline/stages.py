@@ -25,36 +25,24 @@ def run_stages(config: Config, command: str) -> None:
 
 def check_model(config: Config) -> None:
     """ConfigError if the model cannot be built or does not fit its tokenizer; shapes only, no weights are read."""
-    import torch
-    from transformers import AutoTokenizer
+    from longlora.adapters import trainable_report
+    from longlora.model import check_vocabulary
+    from pipeline.models import build_model, scaling_note, tokenizer_of
 
-    from longlora.model import build_base, check_vocabulary, training_model
-
-    model = config.model
-    source = local_path(model.tokenizer_source)
+    source = local_path(config.model.tokenizer_source)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=model.revision)
+        tokenizer = tokenizer_of(config)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(f"model.tokenizer = {source!r}: no tokenizer can be loaded ({reason})") from None
     try:
-        base = build_base(
-            local_path(model.base) if model.base else None,
-            model.architecture,
-            dtype=getattr(torch, model.dtype),
-            rope=config.context.rope,
-            context_length=config.context.length,
-            sliding_window=model.sliding_window,
-            gradient_checkpointing=False,
-            init_seed=0,
-            device="meta",
-            revision=model.revision,
-        )
-        check_vocabulary(base.config, len(tokenizer))
-        lora = config.adapter.kind == "lora"
-        training_model(base, config.adapter.model_dump(exclude={"kind", "lora_b_lr_ratio"}) if lora else None)
+        model = build_model(config, device="meta")
+        check_vocabulary(model.network.config, len(tokenizer))
     except ValueError as error:
-        raise ConfigError(f"model {model.base or 'architecture'}: {error}") from None
+        raise ConfigError(f"model {config.model.base or 'architecture'}: {error}") from None
+    for line in (f"model: {trainable_report(model)}", scaling_note(config)):
+        if line:
+            print(line, flush=True)
 
 
 def _prepare_and_train(config: Config, folder: UPath, train: bool) -> None:

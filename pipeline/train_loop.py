@@ -9,14 +9,14 @@ import torch
 import torch.distributed as dist
 from upath import UPath
 
-from longlora.model import LongContextModel, build_base, training_model
 from pipeline import checkpoints
 from pipeline.assignment import Assignment, FinalError
 from pipeline.checkpoints import RunState
-from pipeline.config import Config, local_path, parse_config
+from pipeline.config import Config, parse_config
 from pipeline.engine import TrainingEngine, partitioned_loading
 from pipeline.feed import Feed, MicroBatch, collate
 from pipeline.ledger import StepRecord, token_hash
+from pipeline.models import build_model
 from pipeline.optimizer import build_optimizer, learning_rate
 from pipeline.order import positions_of_step, sequences_at, share
 from pipeline.packs import Packs
@@ -44,24 +44,6 @@ def group_size_at(step: int, config: Config) -> int | None:
     return None if step >= config.optimization.steps - full_steps else config.attention.group_size
 
 
-def build_model(config: Config) -> LongContextModel:
-    """Base → RoPE → S²-Attn → adapters, as the config says."""
-    model, adapter = config.model, config.adapter
-    base = build_base(
-        local_path(model.base) if model.base else None,
-        model.architecture,
-        dtype=getattr(torch, model.dtype),
-        rope=config.context.rope,
-        context_length=config.context.length,
-        sliding_window=model.sliding_window,
-        gradient_checkpointing=model.gradient_checkpointing,
-        init_seed=config.run.seed,
-        revision=model.revision,
-    )
-    settings = adapter.model_dump(exclude={"kind", "lora_b_lr_ratio"})
-    return training_model(base, settings if adapter.kind == "lora" else None)
-
-
 class Worker:
     """One rank of a run: model, engine, feed, and what it tells the run's log (rank 0 only)."""
 
@@ -79,6 +61,7 @@ class Worker:
         self.engine = TrainingEngine(model, build_optimizer(model, config), config)
         del partitioning
         self.network = self.engine.model.network
+        self.attention = self.engine.model.backend_choice(self.engine.device)
         self.packs = Packs.open(UPath(assignment.train_packs))
         self.feed = Feed(
             self.packs,
@@ -103,7 +86,7 @@ class Worker:
             step = state.step
         started = [0]
         if self.rank == 0:
-            details = {"checkpoint": folder.name if folder else None}
+            details = {"checkpoint": folder.name if folder else None, "attention": str(self.attention)}
             started = [ray.get(self.assignment.run_log.start_attempt.remote(self.world_size, step, details))]
         dist.broadcast_object_list(started)
         self.attempt = started[0]

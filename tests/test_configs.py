@@ -3,15 +3,13 @@
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 import yaml
 
 from longlora.adapters import trainable_report
-from longlora.model import build_base, training_model
 from pipeline.config import Config, json_schema, load_config
+from pipeline.models import build_model
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 RECIPES = sorted(CONFIGS.glob("*.yaml"))
@@ -97,24 +95,13 @@ def test_every_recipe_has_its_weights_counted() -> None:
 
 def test_builds_on_the_meta_device(recipe: Path) -> None:
     config = load_config(recipe)
-    architecture: dict[str, Any] | None = config.model.architecture
-    base = build_base(
-        None,
-        architecture or SHAPES[config.model.base or ""],
-        dtype=getattr(torch, config.model.dtype),
-        rope=config.context.rope,
-        context_length=config.context.length,
-        sliding_window=config.model.sliding_window,
-        gradient_checkpointing=config.model.gradient_checkpointing,
-        init_seed=config.run.seed,
-        device="meta",
-    )
-    assert base.config.max_position_embeddings == config.context.length
-    assert sum(p.numel() for p in base.parameters()) == WEIGHTS[recipe.stem][1]
-
-    adapter = config.adapter.model_dump(exclude={"kind", "lora_b_lr_ratio"})
-    model = training_model(base, adapter if config.adapter.kind == "lora" else None)
-    assert trainable_report(model.network).trainable == WEIGHTS[recipe.stem][0]
+    shapes = config.model.architecture or SHAPES[config.model.base or ""]
+    random = config.model.model_copy(update={"base": None, "architecture": shapes})
+    model = build_model(config.model_copy(update={"model": random}), device="meta")
+    report = trainable_report(model)
+    assert model.network.config.max_position_embeddings == config.context.length
+    added = report.trainable if config.adapter.kind == "lora" else 0  # to the base: LoRA, and copies of what trains
+    assert (report.trainable, report.total - added) == WEIGHTS[recipe.stem]
     assert all(parameter.is_meta for parameter in model.parameters())
 
 

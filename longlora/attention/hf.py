@@ -46,6 +46,7 @@ def segment_attention(
     attention_mask: torch.Tensor | None,
     *,
     segment_plan: SegmentPlan | None = None,
+    attention_backend: str = "auto",
     scaling: float | None = None,
     **keywords: Any,
 ) -> tuple[torch.Tensor, None]:
@@ -68,12 +69,13 @@ def segment_attention(
             f"attention 's2' got {query.shape[2]} queries for {key.shape[2]} keys: it trains on whole rows and has no "
             "key-value cache; generate with 'sdpa'"
         )
-    _refuse_unhandled(segment_plan, keywords)
+    refuse_unhandled(segment_plan, keywords)
     q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
-    return s2_attention(q, k, v, segment_plan, scaling).unsqueeze(0), None
+    return s2_attention(q, k, v, segment_plan, scaling, attention_backend).unsqueeze(0), None
 
 
-def _refuse_unhandled(plan: SegmentPlan, keywords: dict[str, Any]) -> None:
+def refuse_unhandled(plan: SegmentPlan, keywords: dict[str, Any]) -> None:
+    """Raises ValueError for what a model hands to its attention beside q, k and v and segments do not do."""
     asked = {name: value for name, value in keywords.items() if value is not None and name not in _WITHOUT_EFFECT}
     if asked.pop("dropout", 0.0):
         raise ValueError(f"attention 's2' has no dropout, got {keywords['dropout']}: set attention_dropout to 0")

@@ -15,9 +15,12 @@ STEPS = 200  # workers notice after a second or more that their driver was kille
 LONG = {"optimization": {"steps": STEPS, "learning_rate": 1e-3}, "checkpoint": {"every_steps": 10}}
 
 
-@pytest.mark.parametrize("zero_stage", [2, 3])
-def test_killed_and_resumed_at_other_world_sizes(make_run: Callable, zero_stage: int) -> None:
-    settings = {**LONG, "workers": {"zero_stage": zero_stage}}
+DROPOUT = {"adapter": {"rank": 4, "dropout": 0.1}, "optimization": {**LONG["optimization"], "micro_batch": 1}}
+
+
+@pytest.mark.parametrize("different", [DROPOUT, {"workers": {"zero_stage": 3}}], ids=["ZeRO-2, dropout", "ZeRO-3"])
+def test_killed_and_resumed_at_other_world_sizes(make_run: Callable, different: dict[str, dict[str, object]]) -> None:
+    settings = LONG | different
     undisturbed = make_run("undisturbed", **settings)
     undisturbed.finish("train")
     expected = {record.step: record for record in undisturbed.records()}

@@ -146,6 +146,19 @@ def test_gradient_checkpointing_changes_nothing_but_memory(family, embeddings):
     assert all(torch.equal(ours[name], wanted[name]) for name in wanted)
 
 
+@pytest.mark.parametrize("adapter", [LORA, None], ids=["lora", "full"])
+def test_a_loaded_model_recomputes_its_layers(tmp_path, adapter):
+    """transformers loads models in eval mode, in which it keeps all activations whatever it was asked."""
+    base(rope=None, context_length=NATIVE).save_pretrained(tmp_path)
+    settings = {"dtype": torch.float32, "rope": "linear", "context_length": TARGET, "init_seed": 0}
+    model = training_model(build_base(str(tmp_path), None, gradient_checkpointing=True, **settings), adapter)
+    layer = next(module for name, module in model.named_modules() if name.endswith("layers.0.mlp"))
+    calls = []
+    layer.register_forward_hook(lambda *_: calls.append(1))
+    model(*row(), plan_segments(LENGTHS, 4)).backward()
+    assert len(calls) == 2
+
+
 def test_random_weights_are_those_of_the_seed():
     state = torch.random.get_rng_state()
     first, again, other = base(init_seed=1), base(init_seed=1), base(init_seed=2)
@@ -263,6 +276,17 @@ def test_a_window_shorter_than_the_context_is_refused_unless_removed(tmp_path):
     assert mistral(TARGET, "model").config.sliding_window == TARGET
 
 
+def test_a_scaled_model_that_kept_its_old_length_is_extended_from_the_length_that_is_given():
+    """Published like this: 16 tokens stretched to 32 by a factor of 2, and `max_position_embeddings` still 16."""
+    scaled = FAMILIES["llama"] | {"max_position_embeddings": NATIVE // 2}
+    scaled |= {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}}
+    settings = {"dtype": torch.float32, "rope": "linear", "context_length": TARGET, "init_seed": 0}
+    settings |= {"gradient_checkpointing": False, "device": "meta"}
+    model = build_base(None, {"model_type": "llama"} | scaled, native_length=NATIVE, **settings)
+    assert model.config.max_position_embeddings == TARGET
+    assert model.config.rope_parameters["factor"] == 2 * TARGET / NATIVE
+
+
 def test_removing_the_window_makes_every_layer_attend_in_full():
     windowed = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
     config = {"model_type": "qwen2"} | FAMILIES["qwen2"] | windowed
@@ -328,3 +352,16 @@ def test_bad_input_is_refused_in_one_line(name_or_path, config, changes, reason)
     with pytest.raises(ValueError, match=reason) as caught:
         build_base(name_or_path, config, **settings | changes)
     assert "\n" not in str(caught.value)
+
+
+def test_the_attention_backend_is_the_one_asked_for():
+    model = training_model(base(), LORA, "sdpa")
+    assert model.backend_choice("cpu").name == "sdpa"
+    wanted = training_model(base(), LORA)
+    wanted.load_state_dict(model.state_dict())
+    plan = plan_segments(LENGTHS, 4)
+    assert torch.equal(model(*row(), plan), wanted(*row(), plan))
+    with pytest.raises(ValueError, match="'varlen' cannot run here: needs a CUDA device, not cpu"):
+        training_model(base(), LORA, "varlen")(*row(), plan)
+    with pytest.raises(ValueError, match="'varlen' cannot run here"):
+        training_model(base(), LORA, "varlen").backend_choice("cpu")

@@ -1,4 +1,10 @@
-from pipeline.progress import status_line
+import threading
+from types import SimpleNamespace
+
+import pytest
+import ray
+
+from pipeline.progress import show_progress, status_line
 from pipeline.run_log import Status
 
 
@@ -18,3 +24,28 @@ def test_the_status_line_says_where_a_run_is() -> None:
 
 def test_before_the_first_step_it_shows_what_is_known() -> None:
     assert status_line(Status(steps=40)) == "starting workers  step 0/40"
+
+
+def test_without_a_terminal_it_prints_plain_lines(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """The backend once, then a line for each change, and the last state at the end."""
+    states = [Status(steps=4), Status("training", 1, 4, attempt=1, attention="sdpa (varlen: needs a CUDA device)")]
+    states += [states[1], Status("training", 4, 4, attempt=1, attention="sdpa")]
+    remaining, finished = iter(states), threading.Event()
+    ask = SimpleNamespace(remote=lambda: next(remaining))
+    monkeypatch.setattr("pipeline.progress.PLAIN_INTERVAL_S", 0.01)
+
+    def get(status: Status) -> Status:
+        if status is states[2]:
+            finished.set()
+        return status
+
+    monkeypatch.setattr(ray, "get", get)
+    show_progress(SimpleNamespace(status=ask), finished)
+    assert capsys.readouterr().out.splitlines() == [
+        "starting workers  step 0/4",
+        "attention: sdpa (varlen: needs a CUDA device)",
+        "training  step 1/4",
+        "training  step 4/4",
+    ]
