@@ -27,8 +27,10 @@ check: setup  ## Check format, lint and types
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/mypy
 
-bench: setup  ## Time attention on this machine (benchmarks/context_use.py compares trained runs)
-	$(BIN)/python benchmarks/attention.py
+bench: setup  ## Time attention and the training loop on this machine, half an hour (benchmarks/context_use.py compares runs)
+	@status=0; for question in attention loop; do \
+	    $(BIN)/python benchmarks/$$question.py || status=$$?; \
+	done; exit $$status
 
 schema: setup  ## Write configs/schema.json, which editors read, from the typed config
 	$(BIN)/python -c "import json; from pipeline.config import json_schema; \

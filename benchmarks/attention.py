@@ -9,8 +9,8 @@ tokens on, the time gain over full attention is at least 0.8 of the gain in oper
 rolling. Both forms of S²-Attn are first checked against the definition on a small case.
 
 On the CPU torch's operator computes the whole of the 512 keys at the diagonal, 256 pairs a query too many on average:
-a quarter of the work at G = 2048, next to nothing for full attention, so that a share of 0.825 at 16k and of 0.813 at
-32k is the most that can be had there.
+a quarter of the work at G = 2048, next to nothing for full attention, so that a share of about 0.82 is to be expected
+there. The process runs with the allocator settings of a training worker (``keep_memory``).
 """
 
 import argparse

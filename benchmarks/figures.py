@@ -18,10 +18,11 @@ Row = Mapping[str, Any]
 
 def machine(device: str, **facts: Any) -> dict[str, Any]:
     """What a reader needs to judge the figures; `facts` are the benchmark's own."""
+    arguments = [argument.replace(str(Path.home()), "~") for argument in sys.argv[1:]]
     processor = torch.cuda.get_device_name() if device == "cuda" else f"{_cpu()}, {torch.get_num_threads()} threads"
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *arguments]),
         "processor": processor,
         "load average": f"{os.getloadavg()[0]:.1f}",
         "torch": torch.__version__,

@@ -140,6 +140,12 @@ def measure(config: Config, turn: int) -> list[dict[str, float]]:
         return trainer.fit().return_value
 
 
+def judge(rounds: list[dict[str, float]]) -> tuple[float, str]:
+    """The median of the rounds' ratios, and whether the bound holds."""
+    ratio = statistics.median(row["ours"] / row["bare"] for row in rounds)
+    return ratio, "PASS" if ratio <= BOUND else "FAIL"
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", metavar="FILE", help="YAML file (default: configs/quickstart.yaml)")
@@ -164,8 +170,7 @@ def main() -> int:
         except ConfigError as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
-    ratio = statistics.median(row["ours"] / row["bare"] for row in rounds)
-    verdict = "PASS" if ratio <= BOUND else "FAIL"
+    ratio, verdict = judge(rounds)
     facts = machine(
         "cuda" if torch.cuda.is_available() else "cpu",
         model=config.model.base or "random",

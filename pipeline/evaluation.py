@@ -45,18 +45,25 @@ class Targets:
     """Its target blocks with the longest context before them; none if the test is left out."""
 
 
-def evaluate(config: Config, run_folder: UPath) -> dict[str, float]:
-    """Evaluates the newest checkpoint on `data.validation` and writes `<run>/evaluation/`.
+@dataclass(frozen=True)
+class Evaluated:
+    """What tracking is told of an evaluation: `eval/perplexity_<length>` of the trained model, after `step` steps."""
+
+    step: int
+    metrics: dict[str, float]
+
+
+def evaluate(config: Config, run_folder: UPath) -> Evaluated | None:
+    """Evaluates the newest checkpoint on `data.validation` and writes `<run>/evaluation/`; None without any documents.
 
     `perplexity.json`, `perplexity.png`, `context_use.json` (with `evaluation.context_blocks`), and last `state.json`,
-    which tells that they are complete. Returns the metrics for tracking, `eval/perplexity_<length>` of the trained
-    model; none if there are no held-out documents, or if this checkpoint was evaluated with the same settings before.
+    which tells that they are complete: a checkpoint that was evaluated with the same settings before is not again.
     Raises ConfigError if there is no checkpoint, or no held-out document is long enough.
     """
     console = Console()
     if not config.data.validation:
         console.print("nothing is evaluated: data.validation names no held-out documents")
-        return {}
+        return None
     checkpoint = models.newest_checkpoint(run_folder)
     folder = run_folder / "evaluation"
     state = {
@@ -66,7 +73,7 @@ def evaluate(config: Config, run_folder: UPath) -> dict[str, float]:
     }
     if (folder / "state.json").exists() and read_json(folder / "state.json") == state:
         console.print(f"evaluation of step {state['step']} is up to date: {folder}")
-        return {}
+        return Evaluated(state["step"], _metrics(read_json(folder / "perplexity.json")))
     targets = select_targets(config, held_out_documents(config), console)
     rows, context_rows = _measure(config, checkpoint, targets, console)
     write_json(folder / "perplexity.json", rows)
@@ -76,6 +83,10 @@ def evaluate(config: Config, run_folder: UPath) -> dict[str, float]:
         write_json(folder / "context_use.json", context_report(context_rows, len(targets.blocks)))
         console.print(context_table(context_rows, len(targets.blocks), BLOCK_TOKENS))
     write_json(folder / "state.json", state)
+    return Evaluated(state["step"], _metrics(rows))
+
+
+def _metrics(rows: list[Row]) -> dict[str, float]:
     return {f"eval/perplexity_{row['length']}": row["perplexity"] for row in rows if row["model"] == EXTENDED}
 
 

@@ -63,9 +63,11 @@ def _evaluate(config: Config, folder: UPath) -> None:
     from pipeline.evaluation import evaluate
     from pipeline.tracking import Tracker
 
-    metrics = run_where_the_gpus_are(config, evaluate, config, folder)
-    if metrics:
-        tracker = Tracker(config, folder)
-        tracker.metrics(metrics, step=config.optimization.steps)
+    evaluated = run_where_the_gpus_are(config, evaluate, config, folder)
+    if evaluated is None:
+        return
+    tracker = Tracker(config, folder)
+    if not tracker.has(evaluated.metrics, evaluated.step):
+        tracker.metrics(evaluated.metrics, evaluated.step)
         tracker.artifacts(folder / "evaluation")
-        tracker.close("FINISHED")
+    tracker.close("FINISHED")

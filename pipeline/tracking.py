@@ -64,6 +64,14 @@ class Tracker:
         """The last step of `metric` that the server has; -1 if it has none."""
         return max((point.step for point in self.client.get_metric_history(self.run_id, metric)), default=-1)
 
+    def has(self, values: dict[str, float], step: int) -> bool:
+        """Whether the server has all these values at `step`."""
+        for key, value in values.items():
+            points = self.client.get_metric_history(self.run_id, key)
+            if (step, value) not in [(point.step, point.value) for point in points]:
+                return False
+        return True
+
     def artifacts(self, folder: UPath) -> None:
         """Uploads the files of a folder, local or on an object store, under its name."""
         with tempfile.TemporaryDirectory() as scratch:

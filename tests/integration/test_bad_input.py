@@ -65,8 +65,9 @@ def test_a_mistake_that_ray_is_needed_for_is_one_line_too(mistake: str, make_run
         ("40k", "run.storage cannot be written"),
         ("72k", "the shard cannot be written below run.storage"),
         ("700k", "MLflow at 'sqlite:"),
+        ("2m", "run.storage cannot be written"),
     ],
-    ids=["tokenizer", "packs", "MLflow"],
+    ids=["tokenizer", "packs", "MLflow", "checkpoint"],
 )
 def test_a_full_disk_is_one_line(size: str, named: str, make_run: Callable, tmp_path: Path) -> None:
     run, disk = make_run("run"), tmp_path / "disk"

@@ -4,20 +4,31 @@ from pathlib import Path
 
 import pytest
 import torch
+from mlflow import MlflowClient
 from rich.console import Console
 from upath import UPath
 
 from longlora.perplexity import perplexity, windows
-from pipeline import models
+from pipeline import checkpoints, models, tracking
 from pipeline.config import Config, ConfigError
-from pipeline.evaluation import context_use_of, evaluate, evaluation_lengths, held_out_documents, select_targets
+from pipeline.evaluation import (
+    Evaluated,
+    context_use_of,
+    evaluate,
+    evaluation_lengths,
+    held_out_documents,
+    select_targets,
+)
+from pipeline.stages import run_stages
+from pipeline.storage import read_json
+from pipeline.tracking import Tracker
 
 MakeRun = Callable[..., tuple[Config, UPath]]
 
 
 def test_evaluate_writes_tables_plot_and_metrics(make_run: MakeRun, capsys: pytest.CaptureFixture[str]) -> None:
     config, run_folder = make_run()
-    metrics = evaluate(config, run_folder)
+    evaluated = evaluate(config, run_folder)
     folder = Path(str(run_folder / "evaluation"))
     rows = json.loads((folder / "perplexity.json").read_text())
     assert [(row["model"], row["length"]) for row in rows] == [
@@ -28,7 +39,7 @@ def test_evaluate_writes_tables_plot_and_metrics(make_run: MakeRun, capsys: pyte
     }
     assert {row["tokens"] for row in rows} == {2048}
     assert len({row["perplexity"] for row in rows}) == len(rows)
-    assert metrics == {f"eval/perplexity_{row['length']}": row["perplexity"] for row in rows[-2:]}
+    assert evaluated == Evaluated(10, {f"eval/perplexity_{row['length']}": row["perplexity"] for row in rows[-2:]})
     assert (folder / "perplexity.png").read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
     assert all(text in printed for text in ("base+rope", "2,048", "last 256 tokens", f"{rows[-1]['perplexity']:.2f}"))
@@ -64,21 +75,43 @@ def test_context_use_file(make_run: MakeRun) -> None:
 
 
 def test_done_evaluation_is_skipped_until_checkpoint_or_settings_change(
-    make_run: MakeRun, commit_checkpoint: Callable[..., UPath]
+    make_run: MakeRun, commit_checkpoint: Callable[..., UPath], capsys: pytest.CaptureFixture[str]
 ) -> None:
     config, run_folder = make_run(evaluation={"context_blocks": 0, "tokens": 512, "lengths": [64]})
-    assert evaluate(config, run_folder)
+
+    def measured(config: Config = config) -> bool:
+        evaluated = evaluate(config, run_folder)
+        assert evaluated and evaluated.step == checkpoints.read_state(models.newest_checkpoint(run_folder)).step
+        assert list(evaluated.metrics) == [f"eval/perplexity_{length}" for length in config.evaluation.lengths]
+        return "up to date" not in capsys.readouterr().out
+
+    assert measured()
     assert not (run_folder / "evaluation" / "context_use.json").exists()
-    assert evaluate(config, run_folder) == {}
+    assert not measured()
     (run_folder / "evaluation" / "state.json").unlink()  # as if it was killed before the end
-    assert evaluate(config, run_folder)
+    assert measured()
     commit_checkpoint(config, run_folder, step=20)
-    assert evaluate(config, run_folder)
+    assert measured()
     wider = config.evaluation.model_copy(update={"lengths": [64, 128]})
-    assert set(evaluate(config.model_copy(update={"evaluation": wider}), run_folder)) == {
-        "eval/perplexity_64",
-        "eval/perplexity_128",
-    }
+    assert measured(config.model_copy(update={"evaluation": wider}))
+
+
+def test_what_mlflow_missed_it_gets_with_the_next_command(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, run_folder = make_run(evaluation={"context_blocks": 0, "tokens": 512, "lengths": [64]})
+
+    class Unreachable(Tracker):
+        def metrics(self, values: dict[str, float], step: int, tokens: int | None = None) -> None:
+            raise ConnectionError("the server is gone")
+
+    with monkeypatch.context() as patch, pytest.raises(ConnectionError):
+        patch.setattr(tracking, "Tracker", Unreachable)
+        run_stages(config, "evaluate")
+    for _ in range(2):
+        run_stages(config, "evaluate")
+    client = MlflowClient(tracking.tracking_uri(config))
+    run_id = read_json(run_folder / "run.json")["mlflow_run_id"]
+    [point] = client.get_metric_history(run_id, "eval/perplexity_64")
+    assert (point.step, len(client.list_artifacts(run_id, "evaluation"))) == (10, 3)
 
 
 def test_a_random_architecture_has_no_base_to_compare_with(make_run: MakeRun, tiny_base: Path) -> None:
@@ -122,7 +155,7 @@ def test_too_few_blocks_are_refused_before_a_model_is_loaded(make_run: MakeRun) 
 
 def test_without_held_out_documents_nothing_is_evaluated(make_run: MakeRun, capsys: pytest.CaptureFixture[str]) -> None:
     config, run_folder = make_run(data={"validation": []})
-    assert evaluate(config, run_folder) == {}
+    assert evaluate(config, run_folder) is None
     assert "data.validation" in capsys.readouterr().out
     assert not (run_folder / "evaluation").exists()
 

@@ -1,0 +1,30 @@
+"""What a benchmark calls a pass."""
+
+import pytest
+
+from benchmarks import attention, loop
+
+
+@pytest.mark.parametrize(
+    ("tokens", "full", "rolled", "verdict"),
+    [
+        (32768, 8.0, 1.0, "PASS"),  # eight times as fast, where ten were to be had
+        (32768, 7.9, 1.0, "FAIL"),
+        (8192, 2.0, 1.0, "PASS"),  # no bound over full attention below 16k tokens
+        (8192, 8.0, 0.9, "FAIL"),  # rolling was faster
+    ],
+)
+def test_of_attention(tokens: int, full: float, rolled: float, verdict: str) -> None:
+    times = {name: [(seconds, seconds)] * 3 for name, seconds in {"ours": 1.0, "full": full, "rolled": rolled}.items()}
+    assert attention.judge(times, 10.0, tokens)["verdict"] == verdict
+
+
+def test_one_slow_round_decides_nothing() -> None:
+    times = {"ours": [(1.0, 1.0), (9.0, 9.0), (1.0, 1.0)], "full": [(9.0, 9.0)] * 3, "rolled": [(2.0, 2.0)] * 3}
+    assert attention.judge(times, 10.0, 32768)["time_gain"] == 9.0
+
+
+@pytest.mark.parametrize(("bare", "verdict"), [(1.0, "PASS"), (0.98, "PASS"), (0.97, "FAIL")])
+def test_of_the_loop(bare: float, verdict: str) -> None:
+    rounds = [{"ours": 1.0, "bare": bare}] * 2 + [{"ours": 5.0, "bare": 1.0}]
+    assert loop.judge(rounds) == (pytest.approx(1 / bare), verdict)

@@ -1,0 +1,101 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+from upath import UPath
+
+from pipeline.config import ConfigError, parse_config
+from pipeline.ledger import Event, StepRecord, read_ledger
+from pipeline.run_log import RunLog
+from pipeline.storage import read_json
+
+STARTED = {"checkpoint": None, "attention": "sdpa"}
+
+
+@pytest.fixture
+def values(tmp_path: Path) -> dict[str, Any]:
+    config = parse_config(
+        {
+            "run": {"name": "logged", "storage": str(tmp_path)},
+            "model": {"base": "some/model"},
+            "context": {"length": 100},
+            "attention": {"group_size": 20},
+            "data": {"train": ["books"]},
+            "optimization": {"steps": 8, "global_batch": 2, "warmup_steps": 0},
+        }
+    )
+    (tmp_path / "logged").mkdir()
+    return config.model_dump(mode="json")
+
+
+def record(step: int, loss: float = 2.0, seconds: float = 4.0) -> StepRecord:
+    return StepRecord(
+        step=step,
+        world_size=2,
+        first_position=2 * step,
+        sequences=[0, 1],
+        token_hash="00",
+        loss=loss,
+        target_tokens=190,
+        time=1.0,
+        tokens=200,
+        seconds=seconds,
+        learning_rate=1e-3,
+        gradient_norm=0.5,
+    )
+
+
+def losses(folder: UPath) -> list[tuple[int, float]]:
+    client = MlflowClient(f"sqlite:///{folder.parent}/mlflow.db")
+    points = client.get_metric_history(read_json(folder / "run.json")["mlflow_run_id"], "train/loss")
+    return sorted((point.step, point.value) for point in points)
+
+
+def test_a_redone_step_is_in_the_ledger_twice_and_in_mlflow_once(values: dict[str, Any], tmp_path: Path) -> None:
+    folder = UPath(tmp_path) / "logged"
+    log = RunLog(values, str(folder))
+    assert log.start_attempt(2, 0, STARTED) == 1
+    for step in range(3):
+        log.step(record(step))
+    log.close("FAILED")
+    log = RunLog(values, str(folder))
+    assert log.start_attempt(2, 1, STARTED) == 2
+    for step in range(1, 4):
+        log.step(record(step))
+    log.close("FINISHED")
+    lines = [(attempt, line) for attempt, line in read_ledger(folder) if isinstance(line, StepRecord)]
+    assert [(attempt, line.step) for attempt, line in lines] == [(1, 0), (1, 1), (1, 2), (2, 1), (2, 2), (2, 3)]
+    assert losses(folder) == [(step, 2.0) for step in range(4)]
+
+
+def test_the_status_is_where_the_run_is(values: dict[str, Any], tmp_path: Path) -> None:
+    log = RunLog(values, str(tmp_path / "logged"))
+    log.start_attempt(2, 0, STARTED)
+    log.step(record(0, loss=3.0, seconds=6.0))
+    log.step(record(1, loss=2.5, seconds=2.0))
+    log.evaluated(2, 2.75, 1000)
+    status = log.status()
+    assert (status.phase, status.step, status.steps, status.attention) == ("training", 2, 8, "sdpa")
+    assert (status.loss, status.eval_loss, status.world_size, status.attempt) == (2.5, 2.75, 2, 1)
+    assert status.tokens_per_second == 50.0  # 400 tokens in 8 s
+    assert status.remaining_s == 24.0  # 6 steps of 4 s
+    log.close("FINISHED")
+
+
+def test_the_first_reason_to_end_counts(values: dict[str, Any], tmp_path: Path) -> None:
+    log = RunLog(values, str(tmp_path / "logged"))
+    log.start_attempt(2, 0, STARTED)
+    log.fail("the loss is nan")
+    log.fail("connection lost, because the first rank ended")
+    log.close("FAILED")
+    assert log.status().error == "the loss is nan"
+    events = [line for _, line in read_ledger(log.folder) if isinstance(line, Event) and line.event == "error"]
+    assert [event.details for event in events] == [{"error": "the loss is nan"}]
+
+
+def test_a_tracking_server_that_cannot_be_used_is_one_line(values: dict[str, Any], tmp_path: Path) -> None:
+    values["tracking"]["uri"] = f"sqlite:///{tmp_path}/none/mlflow.db"
+    with pytest.raises(ConfigError, match=r"MLflow at 'sqlite:.*cannot be used") as caught:
+        RunLog(values, str(tmp_path / "logged"))
+    assert "\n" not in str(caught.value)
