@@ -66,14 +66,15 @@ def evaluate(config: Config, run_folder: UPath) -> Evaluated | None:
         return None
     checkpoint = models.newest_checkpoint(run_folder)
     folder = run_folder / "evaluation"
+    step = checkpoints.read_state(checkpoint).step
     state = {
-        "step": checkpoints.read_state(checkpoint).step,
+        "step": step,
         "settings": config.evaluation.model_dump(mode="json", exclude={"every_steps", "rows"}),
         "documents": config.data.validation,
     }
     if (folder / "state.json").exists() and read_json(folder / "state.json") == state:
-        console.print(f"evaluation of step {state['step']} is up to date: {folder}")
-        return Evaluated(state["step"], _metrics(read_json(folder / "perplexity.json")))
+        console.print(f"evaluation of step {step} is up to date: {folder}")
+        return Evaluated(step, _metrics(read_json(folder / "perplexity.json")))
     targets = select_targets(config, held_out_documents(config), console)
     rows, context_rows = _measure(config, checkpoint, targets, console)
     write_json(folder / "perplexity.json", rows)
@@ -83,7 +84,7 @@ def evaluate(config: Config, run_folder: UPath) -> Evaluated | None:
         write_json(folder / "context_use.json", context_report(context_rows, len(targets.blocks)))
         console.print(context_table(context_rows, len(targets.blocks), BLOCK_TOKENS))
     write_json(folder / "state.json", state)
-    return Evaluated(state["step"], _metrics(rows))
+    return Evaluated(step, _metrics(rows))
 
 
 def _metrics(rows: list[Row]) -> dict[str, float]:

@@ -51,6 +51,7 @@ def test_runs_that_measure_different_things_are_refused(
     config, first = make_run()
     second = copy_of(config, first, "second", commit_checkpoint, lengths=[512])
     monkeypatch.setattr("sys.argv", ["context_use.py", str(first), str(second)])
+    capsys.readouterr()
     assert context_use.main() == 2
     [error] = capsys.readouterr().err.strip().splitlines()
     assert error.startswith(f"error: {second}: held-out documents, tokenizer, evaluation.lengths")
