@@ -154,7 +154,7 @@ def test_a_loaded_model_recomputes_its_layers(tmp_path, adapter):
     model = training_model(build_base(str(tmp_path), None, gradient_checkpointing=True, **settings), adapter)
     layer = next(module for name, module in model.named_modules() if name.endswith("layers.0.mlp"))
     calls = []
-    layer.register_forward_hook(lambda *_: calls.append(1))
+    layer.register_forward_pre_hook(lambda *_: calls.append(1))  # before: recomputing ends with what it needs
     model(*row(), plan_segments(LENGTHS, 4)).backward()
     assert len(calls) == 2
 

@@ -32,12 +32,12 @@ def test_without_a_terminal_it_prints_plain_lines(
     """The backend once, then a line for each change, and the last state at the end."""
     states = [Status(steps=4), Status("training", 1, 4, attempt=1, attention="sdpa (varlen: needs a CUDA device)")]
     states += [states[1], Status("training", 4, 4, attempt=1, attention="sdpa")]
-    remaining, finished = iter(states), threading.Event()
-    ask = SimpleNamespace(remote=lambda: next(remaining))
+    finished = threading.Event()
+    ask = SimpleNamespace(remote=lambda: states.pop(0))
     monkeypatch.setattr("pipeline.progress.PLAIN_INTERVAL_S", 0.01)
 
     def get(status: Status) -> Status:
-        if status is states[2]:
+        if len(states) == 1:
             finished.set()
         return status
 

@@ -95,7 +95,8 @@ def test_the_first_reason_to_end_counts(values: dict[str, Any], tmp_path: Path) 
 
 
 def test_a_tracking_server_that_cannot_be_used_is_one_line(values: dict[str, Any], tmp_path: Path) -> None:
-    values["tracking"]["uri"] = f"sqlite:///{tmp_path}/none/mlflow.db"
+    (tmp_path / "file").write_text("")
+    values["tracking"]["uri"] = f"sqlite:///{tmp_path}/file/mlflow.db"
     with pytest.raises(ConfigError, match=r"MLflow at 'sqlite:.*cannot be used") as caught:
         RunLog(values, str(tmp_path / "logged"))
     assert "\n" not in str(caught.value)
