@@ -19,3 +19,12 @@ class Assignment:
 
 class FinalError(RuntimeError):
     """An error that trying again would repeat: it ends the run. Its message is one line."""
+
+
+@dataclass(frozen=True)
+class CheckpointRequest:
+    """What the driver asks of workers in training: a checkpoint now, and with `hold` to wait after it to be stopped."""
+
+    number: int = 0
+    """From 1; 0 asks for nothing."""
+    hold: bool = False

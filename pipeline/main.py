@@ -22,6 +22,7 @@ STAGES = {
     "train": "train to the last step, from the newest checkpoint",
     "evaluate": "perplexity of base, extended base and trained model, with plots",
     "export": "write the trained model as a Hugging Face folder",
+    "audit": "prove that every sequence was trained once, in order, and show where the time went; exit 1 if not",
 }
 
 
@@ -56,7 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             from pipeline.stages import run_stages
 
-            run_stages(_absolute_paths(load_config(options.config, options.overrides)), options.command)
+            return run_stages(_absolute_paths(load_config(options.config, options.overrides)), options.command)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

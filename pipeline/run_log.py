@@ -9,10 +9,12 @@ from typing import Any
 
 from upath import UPath
 
+from pipeline.assignment import CheckpointRequest
 from pipeline.config import Config, ConfigError, parse_config
 from pipeline.ledger import Event, LedgerWriter, StepRecord
 from pipeline.tracking import Tracker, tracking_uri
 
+TRAINING = "training"
 RATE_WINDOW = 10  # steps over which tokens/s and the remaining time are estimated
 
 
@@ -48,14 +50,23 @@ class RunLog:
         self._logged = self.tracker.last_step("train/loss")
         self._tokens_per_step = config.optimization.global_batch * config.context.length
         self._recent: deque[StepRecord] = deque(maxlen=RATE_WINDOW)
+        self._before_the_first_attempt = [Event("driver", 0)]
+        self._request = CheckpointRequest()
+        self._answered = 0
+        self._failed_with: tuple[str, int] = ("", -1)
+        self._newest_checkpoint = -1
 
     def start_attempt(self, world_size: int, step: int, details: dict[str, Any]) -> int:
         """A worker group has started and goes on from `step`; returns the attempt's number."""
         attempt = self.ledger.start_attempt()
+        for event in self._before_the_first_attempt:
+            self.ledger.write(event)
+        self._before_the_first_attempt.clear()
+        self._answered = self._request.number  # of workers that are gone
         self.ledger.write(Event("start", step, details={"world_size": world_size, **details}))
         self._recent.clear()
         status = self.status_now
-        status.phase, status.step, status.world_size, status.attempt = "training", step, world_size, attempt
+        status.phase, status.step, status.world_size, status.attempt = TRAINING, step, world_size, attempt
         status.attention = details["attention"]
         return attempt
 
@@ -82,16 +93,59 @@ class RunLog:
                 tokens=(record.step + 1) * self._tokens_per_step,
             )
 
-    def evaluated(self, step: int, loss: float, tokens: int) -> None:
+    def evaluated(self, step: int, loss: float, tokens: int, seconds: float) -> None:
         """The validation loss after `step` steps, a mean over `tokens` target tokens."""
         self.status_now.eval_loss = loss
-        self.ledger.write(Event("evaluation", step, details={"loss": loss, "tokens": tokens}))
+        self.ledger.write(Event("evaluation", step, details={"loss": loss, "tokens": tokens, "seconds": seconds}))
         self.tracker.metrics({"eval/loss": loss}, step=step, tokens=step * self._tokens_per_step)
 
+    def checkpointed(self, step: int, request: int, details: dict[str, Any]) -> None:
+        """A checkpoint of the state after `step` steps is committed, an answer to the request of that number."""
+        self._answered = max(self._answered, request)
+        self._newest_checkpoint = step
+        self.event("checkpoint", step, details)
+
+    def ask_for_checkpoint(self, hold: bool = False) -> int:
+        """Asks the workers for a checkpoint at the end of the step they are in; 0 if there are none in training.
+
+        With `hold` they wait after it, for they are about to be stopped. The number is for `has_checkpointed`.
+        """
+        if self.status_now.phase != TRAINING:
+            return 0
+        self._request = CheckpointRequest(self._request.number + 1, hold)
+        return self._request.number
+
+    def request(self) -> CheckpointRequest:
+        """What the workers are asked for; number 0 if nothing is open."""
+        return self._request if self._request.number > self._answered else CheckpointRequest()
+
+    def has_checkpointed(self, request: int) -> bool:
+        """Whether a request has been answered, or its workers are gone."""
+        return self._answered >= request or self.status_now.phase != TRAINING
+
+    def happened(self, event: str, details: dict[str, Any]) -> None:
+        """A disturbance, as the controller sees it."""
+        if event == "failure":
+            self.status_now.phase = "recovering"
+        self.event(event, self.status_now.step, details)
+
+    def final_error(self, repeated: str) -> str:
+        """Why the run must end, or "": a worker named a reason, or the same error came twice without a checkpoint.
+
+        repeated: the error of the workers, if it is one of our code; "" for one that comes from outside.
+        """
+        if repeated and self._failed_with == (repeated, self._newest_checkpoint):
+            self.fail(f"the same error twice, without a checkpoint between: {repeated}")
+        self._failed_with = (repeated, self._newest_checkpoint)
+        return self.status_now.error
+
     def event(self, event: str, step: int, details: dict[str, Any]) -> None:
-        """Something happened after `step` steps. What happens before any worker has started has no attempt to be in."""
+        """Something happened after `step` steps."""
+        line = Event(event, step, details=details)
         if self.status_now.attempt:
-            self.ledger.write(Event(event, step, details=details))
+            self.ledger.write(line)
+        else:
+            self._before_the_first_attempt.append(line)
 
     def metrics(self, values: dict[str, float], step: int) -> None:
         self.tracker.metrics(values, step)

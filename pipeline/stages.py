@@ -8,8 +8,13 @@ from pipeline.session import ray_session, run_where_the_gpus_are
 from pipeline.storage import run_folder
 
 
-def run_stages(config: Config, command: str) -> None:
-    """Runs one stage, or all of them for "run". ConfigError, one line, for what the user can mend."""
+def run_stages(config: Config, command: str) -> int:
+    """Runs one stage, or all of them for "run"; 0, or 1 if an audit finds something.
+
+    ConfigError, one line, for what the user can mend.
+    """
+    if command == "audit":
+        return _audit(config)
     check_model(config)
     folder = run_folder(config)
     check_unchanged(config, folder)
@@ -21,6 +26,7 @@ def run_stages(config: Config, command: str) -> None:
         from pipeline.export import export
 
         print(f"exported to {run_where_the_gpus_are(config, export, config, folder)}")
+    return 0
 
 
 def check_model(config: Config) -> None:
@@ -71,3 +77,16 @@ def _evaluate(config: Config, folder: UPath) -> None:
         tracker.metrics(evaluated.metrics, evaluated.step)
         tracker.artifacts(folder / "evaluation")
     tracker.close("FINISHED")
+
+
+def _audit(config: Config) -> int:
+    from rich.console import Console
+
+    from pipeline.audit import audit_run
+    from pipeline.audit_report import audit_table, write_report
+
+    folder = run_folder(config)
+    result = audit_run(config, folder)
+    Console().print(audit_table(result))
+    print(f"written to {write_report(folder, result)}")
+    return 0 if result.whole else 1

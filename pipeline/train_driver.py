@@ -8,7 +8,6 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayActorError
-from ray.train import UserCallback
 from ray.train.torch import TorchConfig
 
 # ray.train exports these under the types of its first version, which type checkers then see.
@@ -21,6 +20,7 @@ from upath import UPath
 from pipeline import checkpoints
 from pipeline.assignment import Assignment
 from pipeline.config import Config, ConfigError, local_path
+from pipeline.disturbances import EndOnFinalError, TellDisturbances, last_line
 from pipeline.packs import Packs, check_enough
 from pipeline.prepare import PreparedPacks
 from pipeline.progress import show_progress
@@ -28,18 +28,6 @@ from pipeline.run_config import keep_config
 from pipeline.run_log import RunLog
 from pipeline.session import on_cluster, uses_gpu
 from pipeline.train_worker import train_worker
-
-
-class EndOnFinalError(UserCallback):
-    """Ends the run when a worker has named an error that trying again would repeat (see `train_worker`)."""
-
-    def __init__(self, run_log: Any) -> None:
-        self.run_log = run_log
-
-    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        error = ray.get(self.run_log.status.remote()).error
-        if error:
-            raise RuntimeError(error)  # an exception in a callback is what Ray Train does not retry
 
 
 def train(config: Config, run_folder: UPath, packs: PreparedPacks) -> None:
@@ -84,7 +72,7 @@ def train(config: Config, run_folder: UPath, packs: PreparedPacks) -> None:
 
 
 def _trainer(config: Config, run_folder: UPath, assignment: Assignment) -> TorchTrainer:
-    workers = config.workers
+    workers, run_log = config.workers, assignment.run_log
     gpu = uses_gpu(config)
     return TorchTrainer(
         train_worker,
@@ -101,7 +89,7 @@ def _trainer(config: Config, run_folder: UPath, assignment: Assignment) -> Torch
             name=f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}",
             storage_path=str(run_folder / "ray"),
             failure_config=FailureConfig(max_failures=workers.max_failures, max_preemption_failures=-1),
-            callbacks=[EndOnFinalError(assignment.run_log)],
+            callbacks=[EndOnFinalError(run_log), TellDisturbances(run_log)],  # type: ignore[list-item]  # takes both
         ),
     )
 
@@ -131,13 +119,9 @@ def _final_reason(run_log: Any) -> str:
     try:
         return ray.get(run_log.status.remote()).error
     except RayActorError as error:
-        return _last_line(error).partition("ConfigError: ")[2]
+        return last_line(error).partition("ConfigError: ")[2]
 
 
 def _plain(error: TrainingFailedError) -> RuntimeError:
     """The worker's own error, without the frames of Ray."""
-    return RuntimeError(f"training failed after all retries: {_last_line(error)}")
-
-
-def _last_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[-1].strip()
+    return RuntimeError(f"training failed after all retries: {last_line(error)}")

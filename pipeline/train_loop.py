@@ -10,7 +10,7 @@ import torch.distributed as dist
 from upath import UPath
 
 from pipeline import checkpoints
-from pipeline.assignment import Assignment, FinalError
+from pipeline.assignment import Assignment, CheckpointRequest, FinalError
 from pipeline.checkpoints import RunState
 from pipeline.config import Config, parse_config
 from pipeline.engine import TrainingEngine, partitioned_loading
@@ -20,6 +20,9 @@ from pipeline.models import build_model
 from pipeline.optimizer import build_optimizer, learning_rate
 from pipeline.order import positions_of_step, sequences_at, share
 from pipeline.packs import Packs
+
+HOLD_S = 60.0
+"""How long workers wait to be stopped after a checkpoint that announced it, before they go on."""
 
 
 def train_loop(assignment: Assignment) -> None:
@@ -33,7 +36,7 @@ def train_loop(assignment: Assignment) -> None:
         run.tell("step", record)
         if run.is_due(config.evaluation.every_steps, step):
             run.evaluate(step)
-        if run.is_due(config.checkpoint.every_steps, step):
+        if run.is_due(config.checkpoint.every_steps, step) or run.asked.number:
             run.save(step)
     run.close()
 
@@ -73,6 +76,7 @@ class Worker:
         )
         self.validation = self._validation_rows()
         self.attempt = 0
+        self.asked = CheckpointRequest()
         self.eval_loss: tuple[int, float] | None = None
 
     def restore(self) -> int:
@@ -120,6 +124,7 @@ class Worker:
 
     def evaluate(self, step: int) -> None:
         """Loss on the held-out rows with full attention inside each document, summed in row order."""
+        start = time.perf_counter()
         losses = self.engine.evaluate(self.validation)
         per_rank: list[list[float]] = [[] for _ in range(self.world_size)]
         dist.all_gather_object(per_rank, losses)
@@ -127,11 +132,11 @@ class Worker:
         loss = sum(value for losses in per_rank for value in losses) / targets
         self.eval_loss = (step, loss)
         if self.rank == 0:
-            self.assignment.run_log.evaluated.remote(step, loss, targets)
+            self.assignment.run_log.evaluated.remote(step, loss, targets, time.perf_counter() - start)
 
     def save(self, step: int) -> None:
-        """Commits a checkpoint of the state after `step` steps."""
-        parameters = {}
+        """Commits a checkpoint of the state after `step` steps; then waits to be stopped, if that was announced."""
+        start, parameters = time.perf_counter(), {}
         for name, parameter in self.engine.read_state():
             if self.rank == 0:
                 parameters[name] = parameter
@@ -149,8 +154,12 @@ class Worker:
             )
             checkpoints.save(self.folder, state, self.network, parameters)
             checkpoints.retain(self.folder, self.config.checkpoint.keep_last, self.config.checkpoint.keep_best)
-            self.assignment.run_log.event.remote("checkpoint", step, {})
+            details = {"seconds": time.perf_counter() - start}
+            self.assignment.run_log.checkpointed.remote(step, self.asked.number, details)
         dist.barrier()
+        if self.asked.hold:
+            time.sleep(HOLD_S)
+        self.asked = CheckpointRequest()
 
     def tell(self, what: str, *values: object) -> None:
         """Tells the run's log, without waiting; rank 0 speaks for all."""
@@ -178,15 +187,21 @@ class Worker:
         return [collate([packs.row(s)], [s], [s]) for s in mine]
 
     def _gather(self, batches: list[MicroBatch], losses: list[float]) -> "Trained":
-        """All ranks' sequences, hashes and losses in position order; FinalError names sequences with a bad loss."""
+        """All ranks' sequences, hashes and losses in position order; FinalError names sequences with a bad loss.
+
+        All ranks learn here whether a checkpoint is asked for: they save the same step.
+        """
+        request = ray.get(self.assignment.run_log.request.remote()) if self.rank == 0 else None
         mine = (
             [s for batch in batches for s in batch.sequences],
             [h for batch in batches for h in batch.hashes()],
             losses,
             sum(batch.input_ids.numel() for batch in batches),
+            request,
         )
         everyone: list[Any] = [None] * self.world_size
         dist.all_gather_object(everyone, mine)
+        self.asked = everyone[0][-1]
         trained = Trained(
             sequences=[s for part in everyone for s in part[0]],
             hashes=[h for part in everyone for h in part[1]],

@@ -1,6 +1,7 @@
 """The entry point of a worker: runs the loop, and says of an error whether trying again can help."""
 
 import ray
+import ray.train
 import torch
 
 from pipeline.assignment import Assignment, FinalError
@@ -10,10 +11,12 @@ from pipeline.storage import full_disk
 
 def train_worker(settings: dict[str, Assignment]) -> None:
     """What Ray Train calls on each worker. Errors that would repeat are named to the run's log, which ends the run."""
-    from pipeline.train_loop import train_loop  # DeepSpeed with it, for which the driver would wait in vain
-
     assignment = settings["assignment"]
+    if ray.train.get_context().get_world_rank() == 0:
+        assignment.run_log.happened.remote("workers", {})
     try:
+        from pipeline.train_loop import train_loop  # DeepSpeed with it, for which the driver would wait in vain
+
         train_loop(assignment)
     except Exception as error:
         reason = final_reason(error)

@@ -20,7 +20,14 @@ LOCK = (ROOT / "requirements.lock").read_text(encoding="utf-8")
 PACKAGES = ("longlora", "pipeline")
 SOURCES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 METHOD_MAY_IMPORT = {"longlora", "torch", "transformers", "peft", "numpy", "safetensors", "flash_attn"}
-RAY_FREE = ("config", "packing", "order", "ledger")  # pure parts, usable and testable without a cluster
+RAY_FREE = (
+    "config",
+    "packing",
+    "order",
+    "ledger",
+    "timeline",
+    "audit",
+)  # pure parts, usable and testable without a cluster
 LOCKED_EXTRAS = ("s3", "gcs", "dev")
 
 

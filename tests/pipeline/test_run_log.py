@@ -74,7 +74,7 @@ def test_the_status_is_where_the_run_is(values: dict[str, Any], tmp_path: Path) 
     log.start_attempt(2, 0, STARTED)
     log.step(record(0, loss=3.0, seconds=6.0))
     log.step(record(1, loss=2.5, seconds=2.0))
-    log.evaluated(2, 2.75, 1000)
+    log.evaluated(2, 2.75, 1000, seconds=0.5)
     status = log.status()
     assert (status.phase, status.step, status.steps, status.attention) == ("training", 2, 8, "sdpa")
     assert (status.loss, status.eval_loss, status.world_size, status.attempt) == (2.5, 2.75, 2, 1)
@@ -100,3 +100,50 @@ def test_a_tracking_server_that_cannot_be_used_is_one_line(values: dict[str, Any
     with pytest.raises(ConfigError, match=r"MLflow at 'sqlite:.*cannot be used") as caught:
         RunLog(values, str(tmp_path / "logged"))
     assert "\n" not in str(caught.value)
+
+
+def test_a_checkpoint_is_asked_for_and_answered(values: dict[str, Any], tmp_path: Path) -> None:
+    log = RunLog(values, str(tmp_path / "logged"))
+    assert log.ask_for_checkpoint() == 0, "nobody is training yet"
+    log.start_attempt(2, 0, STARTED)
+    assert log.request().number == 0
+    asked = log.ask_for_checkpoint(hold=True)
+    assert (log.request().number, log.request().hold) == (asked, True)
+    log.checkpointed(3, 0, {"seconds": 0.5})  # one that was due anyway, before the workers heard of the request
+    assert not log.has_checkpointed(asked)
+    log.checkpointed(4, asked, {"seconds": 0.5})
+    assert log.has_checkpointed(asked) and log.request().number == 0
+    log.close("FINISHED")
+
+
+def test_a_request_to_workers_that_are_gone_is_dropped(values: dict[str, Any], tmp_path: Path) -> None:
+    log = RunLog(values, str(tmp_path / "logged"))
+    log.start_attempt(2, 0, STARTED)
+    asked = log.ask_for_checkpoint(hold=True)
+    log.happened("failure", {"cause": "worker died"})
+    assert log.has_checkpointed(asked) and log.ask_for_checkpoint() == 0
+    log.start_attempt(1, 0, STARTED)
+    assert log.request().number == 0
+    log.close("FINISHED")
+
+
+def test_the_same_error_twice_without_a_checkpoint_ends_the_run(values: dict[str, Any], tmp_path: Path) -> None:
+    log = RunLog(values, str(tmp_path / "logged"))
+    log.start_attempt(2, 0, STARTED)
+    assert log.final_error("KeyError: 'x'") == ""
+    log.checkpointed(5, 0, {})
+    assert log.final_error("KeyError: 'x'") == "", "there was progress"
+    assert log.final_error("") == "", "a worker that died says nothing about our code"
+    assert log.final_error("KeyError: 'x'") == ""
+    assert log.final_error("KeyError: 'y'") == ""
+    assert log.final_error("KeyError: 'y'") == "the same error twice, without a checkpoint between: KeyError: 'y'"
+    log.close("FAILED")
+
+
+def test_what_happened_before_the_first_attempt_is_kept(values: dict[str, Any], tmp_path: Path) -> None:
+    log = RunLog(values, str(tmp_path / "logged"))
+    log.happened("workers", {})
+    log.start_attempt(2, 0, STARTED)
+    log.close("FINISHED")
+    events = [line.event for _, line in read_ledger(log.folder) if isinstance(line, Event)]
+    assert events == ["driver", "workers", "start"]
