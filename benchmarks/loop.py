@@ -35,10 +35,9 @@ from pipeline.models import build_model
 from pipeline.optimizer import build_optimizer
 from pipeline.packs import Packs, check_enough
 from pipeline.prepare import prepare, wanted_packs
-from pipeline.run_log import RunLog
 from pipeline.session import ray_session, uses_gpu
 from pipeline.storage import storage_root
-from pipeline.train_driver import check_resources
+from pipeline.train_driver import check_resources, start_run_log
 from pipeline.train_loop import Worker
 
 BOUND = 1.03
@@ -119,7 +118,7 @@ def measure(config: Config, turn: int) -> list[dict[str, float]]:
         packs = prepare(config, wanted)
         check_enough(Packs.open(packs.train), config.optimization.global_batch)
         folder, gpu = storage_root(config) / config.run.name, uses_gpu(config)
-        run_log = ray.remote(RunLog).options(num_cpus=0).remote(config.model_dump(mode="json"), str(folder))
+        run_log = start_run_log(config, folder)
         assignment = Assignment(
             config=config.model_dump(mode="json"),
             run_folder=str(folder),

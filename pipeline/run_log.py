@@ -11,6 +11,7 @@ from upath import UPath
 
 from pipeline.assignment import CheckpointRequest
 from pipeline.config import Config, ConfigError, parse_config
+from pipeline.lease import Holder, Lease
 from pipeline.ledger import Event, LedgerWriter, StepRecord
 from pipeline.tracking import Tracker, tracking_uri
 
@@ -40,9 +41,11 @@ class Status:
 class RunLog:
     """Ledger, MLflow metrics and status of one run. Made a Ray actor by the driver; plain Python otherwise."""
 
-    def __init__(self, config_values: dict[str, Any], run_folder: str) -> None:
+    def __init__(self, config_values: dict[str, Any], run_folder: str, driver: int) -> None:
+        """driver: process id of the driver, on this machine. Raises ConfigError if another driver holds the run."""
         config = parse_config(config_values)
         self.folder = UPath(run_folder)
+        self.lease = Lease(self.folder, Holder.here(driver), lost=self._lease_lost)
         self.ledger = LedgerWriter(self.folder)
         self.tracker = _tracker(config, self.folder)
         self.status_now = Status(steps=config.optimization.steps)
@@ -151,7 +154,8 @@ class RunLog:
         self.tracker.metrics(values, step)
 
     def sync(self) -> None:
-        """Returns when the ledger is on disk."""
+        """Returns when the ledger is on disk. RuntimeError if another driver has the run: nothing more is committed."""
+        self.lease.check()
         self.ledger.sync()
 
     def fail(self, error: str) -> None:
@@ -167,6 +171,10 @@ class RunLog:
         """Ends the MLflow run as FINISHED, FAILED or KILLED, and the ledger."""
         self.ledger.close()
         self.tracker.close(status)
+        self.lease.release()
+
+    def _lease_lost(self) -> None:
+        self.fail("another driver has taken over this run")
 
 
 def _tracker(config: Config, folder: UPath) -> Tracker:

@@ -52,8 +52,11 @@ def check_model(config: Config) -> None:
 
 
 def _prepare_and_train(config: Config, folder: UPath, train: bool) -> None:
+    from pipeline.lease import refuse_if_held
     from pipeline.prepare import prepare, wanted_packs
 
+    if train:
+        refuse_if_held(folder)
     wanted = wanted_packs(config)  # before Ray starts: a missing file is found in a second
     with ray_session(config):
         if not train:

@@ -3,6 +3,8 @@
 import errno
 import json
 import os
+import threading
+from contextlib import suppress
 from typing import Any
 
 from upath import UPath
@@ -69,6 +71,31 @@ def write_atomic(path: UPath, data: bytes) -> None:
     sync_folder(path.parent)
 
 
+def create_once(path: UPath, data: bytes) -> bool:
+    """All of `data` at a path where nothing was, durably; False if there was something. One of several writers wins."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not is_local(path):
+        try:
+            path.fs.pipe_file(path.path, data, mode="create")  # a put on condition that there is no such object
+        except FileExistsError:
+            return False
+        return True
+    temporary = f"{path}.tmp-{os.getpid()}-{threading.get_ident()}"
+    try:
+        with open(temporary, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.link(temporary, str(path))
+    except FileExistsError:
+        return False
+    finally:
+        with suppress(FileNotFoundError):
+            os.unlink(temporary)
+    sync_folder(path.parent)
+    return True
+
+
 def sync_folder(folder: UPath) -> None:
     """Makes renames and new names in a local folder durable; object stores need nothing."""
     if is_local(folder):
@@ -79,8 +106,12 @@ def sync_folder(folder: UPath) -> None:
             os.close(descriptor)
 
 
+def json_bytes(value: Any) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+
+
 def write_json(path: UPath, value: Any) -> None:
-    write_atomic(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+    write_atomic(path, json_bytes(value))
 
 
 def read_json(path: UPath) -> Any:

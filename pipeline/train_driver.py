@@ -41,8 +41,8 @@ def train(config: Config, run_folder: UPath, packs: PreparedPacks) -> None:
         checkpoints.check_resumable(state, train_packs.fingerprint, base)
         if state.step >= config.optimization.steps:
             return
+    run_log = start_run_log(config, run_folder)
     keep_config(config, run_folder)
-    run_log = _start_run_log(config, run_folder)
     assignment = Assignment(
         config=config.model_dump(mode="json"),
         run_folder=str(run_folder),
@@ -59,7 +59,7 @@ def train(config: Config, run_folder: UPath, packs: PreparedPacks) -> None:
         _trainer(config, run_folder, assignment).fit()
         status = "FINISHED"
     except TrainingFailedError as error:
-        reason = _final_reason(run_log)
+        reason = ray.get(run_log.status.remote()).error
         raise ConfigError(reason) if reason else _plain(error) from None
     except KeyboardInterrupt:
         status = "KILLED"
@@ -94,11 +94,20 @@ def _trainer(config: Config, run_folder: UPath, assignment: Assignment) -> Torch
     )
 
 
-def _start_run_log(config: Config, run_folder: UPath) -> Any:
-    """The RunLog actor, without CPUs, on this node: it lives as long as the driver."""
+def start_run_log(config: Config, run_folder: UPath) -> Any:
+    """The RunLog actor, without CPUs, on this node: it lives as long as the driver, and holds the run's lease.
+
+    ConfigError if another driver holds it, or MLflow cannot be used.
+    """
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    actor = ray.remote(RunLog).options(num_cpus=0, scheduling_strategy=here)
-    return actor.remote(config.model_dump(mode="json"), str(run_folder))
+    actor: Any = ray.remote(RunLog).options(num_cpus=0, scheduling_strategy=here)
+    run_log = actor.remote(config.model_dump(mode="json"), str(run_folder), os.getpid())
+    try:
+        ray.get(run_log.status.remote())
+    except RayActorError as error:
+        reason = last_line(error).partition("ConfigError: ")[2]
+        raise ConfigError(reason) if reason else error from None
+    return run_log
 
 
 def check_resources(config: Config) -> None:
@@ -112,14 +121,6 @@ def check_resources(config: Config) -> None:
                 f"workers: each needs {amount:g} {name}, and the largest node has {largest:g}; "
                 "lower the request or add such a node"
             )
-
-
-def _final_reason(run_log: Any) -> str:
-    """Why the run had to end: what a worker said, or why the log itself could not be started; empty if nothing did."""
-    try:
-        return ray.get(run_log.status.remote()).error
-    except RayActorError as error:
-        return last_line(error).partition("ConfigError: ")[2]
 
 
 def _plain(error: TrainingFailedError) -> RuntimeError:

@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 from typing import Any
 
@@ -54,12 +55,12 @@ def losses(folder: UPath) -> list[tuple[int, float]]:
 
 def test_a_redone_step_is_in_the_ledger_twice_and_in_mlflow_once(values: dict[str, Any], tmp_path: Path) -> None:
     folder = UPath(tmp_path) / "logged"
-    log = RunLog(values, str(folder))
+    log = RunLog(values, str(folder), os.getpid())
     assert log.start_attempt(2, 0, STARTED) == 1
     for step in range(3):
         log.step(record(step))
     log.close("FAILED")
-    log = RunLog(values, str(folder))
+    log = RunLog(values, str(folder), os.getpid())
     assert log.start_attempt(2, 1, STARTED) == 2
     for step in range(1, 4):
         log.step(record(step))
@@ -70,7 +71,7 @@ def test_a_redone_step_is_in_the_ledger_twice_and_in_mlflow_once(values: dict[st
 
 
 def test_the_status_is_where_the_run_is(values: dict[str, Any], tmp_path: Path) -> None:
-    log = RunLog(values, str(tmp_path / "logged"))
+    log = RunLog(values, str(tmp_path / "logged"), os.getpid())
     log.start_attempt(2, 0, STARTED)
     log.step(record(0, loss=3.0, seconds=6.0))
     log.step(record(1, loss=2.5, seconds=2.0))
@@ -84,7 +85,7 @@ def test_the_status_is_where_the_run_is(values: dict[str, Any], tmp_path: Path) 
 
 
 def test_the_first_reason_to_end_counts(values: dict[str, Any], tmp_path: Path) -> None:
-    log = RunLog(values, str(tmp_path / "logged"))
+    log = RunLog(values, str(tmp_path / "logged"), os.getpid())
     log.start_attempt(2, 0, STARTED)
     log.fail("the loss is nan")
     log.fail("connection lost, because the first rank ended")
@@ -98,12 +99,12 @@ def test_a_tracking_server_that_cannot_be_used_is_one_line(values: dict[str, Any
     (tmp_path / "file").write_text("")
     values["tracking"]["uri"] = f"sqlite:///{tmp_path}/file/mlflow.db"
     with pytest.raises(ConfigError, match=r"MLflow at 'sqlite:.*cannot be used") as caught:
-        RunLog(values, str(tmp_path / "logged"))
+        RunLog(values, str(tmp_path / "logged"), os.getpid())
     assert "\n" not in str(caught.value)
 
 
 def test_a_checkpoint_is_asked_for_and_answered(values: dict[str, Any], tmp_path: Path) -> None:
-    log = RunLog(values, str(tmp_path / "logged"))
+    log = RunLog(values, str(tmp_path / "logged"), os.getpid())
     assert log.ask_for_checkpoint() == 0, "nobody is training yet"
     log.start_attempt(2, 0, STARTED)
     assert log.request().number == 0
@@ -117,7 +118,7 @@ def test_a_checkpoint_is_asked_for_and_answered(values: dict[str, Any], tmp_path
 
 
 def test_a_request_to_workers_that_are_gone_is_dropped(values: dict[str, Any], tmp_path: Path) -> None:
-    log = RunLog(values, str(tmp_path / "logged"))
+    log = RunLog(values, str(tmp_path / "logged"), os.getpid())
     log.start_attempt(2, 0, STARTED)
     asked = log.ask_for_checkpoint(hold=True)
     log.happened("failure", {"cause": "worker died"})
@@ -128,7 +129,7 @@ def test_a_request_to_workers_that_are_gone_is_dropped(values: dict[str, Any], t
 
 
 def test_the_same_error_twice_without_a_checkpoint_ends_the_run(values: dict[str, Any], tmp_path: Path) -> None:
-    log = RunLog(values, str(tmp_path / "logged"))
+    log = RunLog(values, str(tmp_path / "logged"), os.getpid())
     log.start_attempt(2, 0, STARTED)
     assert log.final_error("KeyError: 'x'") == ""
     log.checkpointed(5, 0, {})
@@ -141,7 +142,7 @@ def test_the_same_error_twice_without_a_checkpoint_ends_the_run(values: dict[str
 
 
 def test_what_happened_before_the_first_attempt_is_kept(values: dict[str, Any], tmp_path: Path) -> None:
-    log = RunLog(values, str(tmp_path / "logged"))
+    log = RunLog(values, str(tmp_path / "logged"), os.getpid())
     log.happened("workers", {})
     log.start_attempt(2, 0, STARTED)
     log.close("FINISHED")
