@@ -5,19 +5,22 @@ or with a file that differs from what it lists, is no checkpoint and is never re
 
     adapter_model.safetensors, adapter_config.json   fp32 masters in PEFT's form   (adapter.kind: lora)
     model.safetensors                                fp32 masters                  (adapter.kind: full)
-    optimizer-<i>-of-<n>.safetensors                 both Adam moments, by parameter name
+    optimizer-<i>-of-<n>.safetensors                 what rank i of n held of both Adam moments: flat pieces, by
+                                                     `<parameter>/<moment>/<first element>`
     config.json                                      the model's config, context extension included
     state.json                                       step, fingerprints, config hash, attempt, eval/loss
 """
 
-import json
 import re
 import tempfile
+from collections import defaultdict
 from dataclasses import asdict, dataclass
 from hashlib import sha256
+from itertools import accumulate
 from pathlib import Path
 from typing import cast
 
+import torch
 from peft import PeftModel
 from safetensors import torch as safetensors
 from torch import Tensor
@@ -26,12 +29,15 @@ from upath import UPath
 
 from longlora.adapters import adapter_state, peft_key
 from pipeline.config import ConfigError
-from pipeline.optimizer import MOMENTS, ParameterState
-from pipeline.storage import read_json, remove_tree, write_atomic
+from pipeline.optimizer import MOMENTS, Fragment, ParameterState
+from pipeline.storage import create_once, json_bytes, read_json, remove_tree, write_atomic
 
 MANIFEST = "manifest.json"
+Files = dict[str, dict[str, int | str]]
+"""Entries of a manifest: size and sha256 of each file by its name."""
 STEP_FOLDER = re.compile(r"step-(\d+)$")
-FORMAT = 1
+FORMAT = 2
+OTHER_VERSION = "format"
 
 
 @dataclass(frozen=True)
@@ -55,16 +61,59 @@ def save(
 
     An uncommitted or damaged folder of the same step is replaced. OSError (e.g. a full disk) leaves no commit behind.
     """
-    folder = run_folder / "checkpoints" / f"step-{state.step}"
+    folder = step_folder(run_folder, state.step)
     if folder.exists():
         remove_tree(folder)
-    files = {**_network_files(network, parameters), **_optimizer_files(network, parameters)}
-    files["state.json"] = _json(asdict(state))
-    for name, data in files.items():
-        write_atomic(folder / name, data)
-    manifest = {name: {"size": len(data), "sha256": sha256(data).hexdigest()} for name, data in files.items()}
-    write_atomic(folder / MANIFEST, _json({"format": FORMAT, "files": manifest}))
+    fragments = {name: Fragment(0, _flat(whole)) for name, whole in parameters.items()}
+    files = write_fragments(folder, network, fragments, rank=0, world_size=1)
+    files |= write_network(folder, network, {name: whole.master for name, whole in parameters.items()}, state)
+    commit(folder, files)
     return folder
+
+
+def step_folder(run_folder: UPath, step: int) -> UPath:
+    return run_folder / "checkpoints" / f"step-{step}"
+
+
+def write_fragments(
+    folder: UPath, network: PeftModel | PreTrainedModel, fragments: dict[str, Fragment], rank: int, world_size: int
+) -> Files:
+    """Writes one rank's pieces of the moments; returns the manifest's entry of the file."""
+    key = peft_key if isinstance(network, PeftModel) else str
+    pieces = {
+        f"{key(name)}/{moment}/{fragment.start}": getattr(fragment.state, moment)
+        for name, fragment in fragments.items()
+        for moment in MOMENTS
+    }
+    return _write(folder, {f"optimizer-{rank + 1}-of-{world_size}.safetensors": safetensors.save(pieces)})
+
+
+def write_network(
+    folder: UPath, network: PeftModel | PreTrainedModel, masters: dict[str, Tensor], state: RunState
+) -> Files:
+    """Writes the weights, the configs and state.json; returns the manifest's entries."""
+    return _write(folder, {**_network_files(network, masters), "state.json": json_bytes(asdict(state))})
+
+
+def commit(folder: UPath, files: Files) -> None:
+    """Makes a checkpoint of files that are written. RuntimeError if another writer has committed this step."""
+    if not create_once(folder / MANIFEST, json_bytes({"format": FORMAT, "files": files})):
+        raise RuntimeError(f"{folder}: was committed by another writer")
+
+
+def discard_uncommitted(run_folder: UPath) -> list[int]:
+    """Deletes what interrupted saves left behind, and damaged checkpoints; returns their steps.
+
+    Called by one rank before training goes on, when nobody writes: their steps will be saved again.
+    """
+    folder = run_folder / "checkpoints"
+    found = [STEP_FOLDER.search(path.name) for path in folder.iterdir()] if folder.exists() else []
+    present = [int(match[1]) for match in found if match]
+    reasons = {step: damage(step_folder(run_folder, step)) for step in sorted(present)}
+    dropped = [step for step, reason in reasons.items() if reason and not reason.startswith(OTHER_VERSION)]
+    for step in dropped:
+        _remove(step_folder(run_folder, step))
+    return dropped
 
 
 def steps(run_folder: UPath) -> list[int]:
@@ -77,10 +126,13 @@ def steps(run_folder: UPath) -> list[int]:
 
 
 def newest(run_folder: UPath) -> UPath | None:
-    """The newest checkpoint that verifies, or None."""
+    """The newest checkpoint that verifies, or None; ConfigError if it was written by another version."""
     for step in reversed(steps(run_folder)):
-        folder = run_folder / "checkpoints" / f"step-{step}"
-        if not damage(folder):
+        folder = step_folder(run_folder, step)
+        reason = damage(folder)
+        if reason.startswith(OTHER_VERSION):
+            raise ConfigError(f"{folder}: {reason}; go on with the version that wrote it, or give the run another name")
+        if not reason:
             return folder
     return None
 
@@ -90,7 +142,7 @@ def damage(folder: UPath) -> str:
     try:
         manifest = read_json(folder / MANIFEST)
         if manifest["format"] != FORMAT:
-            return f"format {manifest['format']}, this version reads {FORMAT}"
+            return f"{OTHER_VERSION} {manifest['format']}, this version reads {FORMAT}"
         for name, expected in manifest["files"].items():
             data = (folder / name).read_bytes()
             if len(data) != expected["size"] or sha256(data).hexdigest() != expected["sha256"]:
@@ -108,16 +160,17 @@ def read_parameters(folder: UPath, network: PeftModel | PreTrainedModel) -> dict
     """The parameter states of a verified checkpoint, by the names of `network`'s trainable parameters."""
     lora = isinstance(network, PeftModel)
     masters = _load(folder / ("adapter_model.safetensors" if lora else "model.safetensors"))
-    moments: dict[str, Tensor] = {}
-    for path in folder.glob("optimizer-*.safetensors"):
-        moments |= _load(path)
+    pieces = _load_pieces(folder)
     names = [name for name, parameter in network.named_parameters() if parameter.requires_grad]
     key = {name: peft_key(name) if lora else name for name in names}
     missing = [name for name in names if key[name] not in masters]
     if missing:
         raise ConfigError(f"{folder}: has no weights for {missing[0]}: adapter settings differ from those of the run")
     return {
-        name: ParameterState(masters[key[name]], *(moments[f"{key[name]}/{moment}"] for moment in MOMENTS))
+        name: ParameterState(
+            masters[key[name]],
+            *(_joined(pieces.get(f"{key[name]}/{moment}", {}), masters[key[name]], name) for moment in MOMENTS),
+        )
         for name in names
     }
 
@@ -125,14 +178,13 @@ def read_parameters(folder: UPath, network: PeftModel | PreTrainedModel) -> dict
 def retain(run_folder: UPath, keep_last: int, keep_best: int) -> list[int]:
     """Deletes all but the newest `keep_last` and the `keep_best` of lowest eval/loss; returns the deleted steps."""
     present = steps(run_folder)
-    folders = {step: run_folder / "checkpoints" / f"step-{step}" for step in present}
+    folders = {step: step_folder(run_folder, step) for step in present}
     losses = {step: read_state(folder).eval_loss for step, folder in folders.items()}
     scored = sorted((loss, step) for step, loss in losses.items() if loss is not None)
     kept = set(present[-keep_last:]) | {step for _, step in scored[:keep_best]}
     dropped = [step for step in present if step not in kept]
     for step in dropped:
-        (folders[step] / MANIFEST).unlink()  # first: a folder that is half deleted must not look committed
-        remove_tree(folders[step])
+        _remove(folders[step])
     return dropped
 
 
@@ -165,8 +217,7 @@ def base_fingerprint(folder: str) -> str:
     return digest.hexdigest()[:16]
 
 
-def _network_files(network: PeftModel | PreTrainedModel, parameters: dict[str, ParameterState]) -> dict[str, bytes]:
-    masters = {name: state.master for name, state in parameters.items()}
+def _network_files(network: PeftModel | PreTrainedModel, masters: dict[str, Tensor]) -> dict[str, bytes]:
     if isinstance(network, PeftModel):
         return {
             "adapter_model.safetensors": safetensors.save(adapter_state(masters, network), {"format": "pt"}),
@@ -179,12 +230,41 @@ def _network_files(network: PeftModel | PreTrainedModel, parameters: dict[str, P
     }
 
 
-def _optimizer_files(network: PeftModel | PreTrainedModel, parameters: dict[str, ParameterState]) -> dict[str, bytes]:
-    key = peft_key if isinstance(network, PeftModel) else str
-    moments = {
-        f"{key(name)}/{moment}": getattr(state, moment) for name, state in parameters.items() for moment in MOMENTS
-    }
-    return {"optimizer-1-of-1.safetensors": safetensors.save(moments)}
+def _write(folder: UPath, files: dict[str, bytes]) -> Files:
+    for name, data in files.items():
+        write_atomic(folder / name, data)
+    return {name: {"size": len(data), "sha256": sha256(data).hexdigest()} for name, data in files.items()}
+
+
+def _remove(folder: UPath) -> None:
+    """Deletes a checkpoint, the manifest first: a folder that is half deleted must not look committed."""
+    if (folder / MANIFEST).exists():
+        (folder / MANIFEST).unlink()
+    remove_tree(folder)
+
+
+def _flat(state: ParameterState) -> ParameterState:
+    return ParameterState(*(tensor.flatten() for tensor in (state.master, state.exp_avg, state.exp_avg_sq)))
+
+
+def _load_pieces(folder: UPath) -> dict[str, dict[int, Tensor]]:
+    """`<parameter>/<moment>` → first element → piece, of all the files that the manifest lists."""
+    pieces: dict[str, dict[int, Tensor]] = defaultdict(dict)
+    for name in read_json(folder / MANIFEST)["files"]:
+        if name.startswith("optimizer-"):
+            for key, piece in _load(folder / name).items():
+                tensor, _, start = key.rpartition("/")
+                pieces[tensor][int(start)] = piece
+    return pieces
+
+
+def _joined(pieces: dict[int, Tensor], like: Tensor, name: str) -> Tensor:
+    """Pieces of a flat tensor, put together in the shape of `like`; ConfigError if they do not fill it."""
+    ordered = [pieces[start] for start in sorted(pieces)]
+    ends = list(accumulate((len(piece) for piece in ordered), initial=0))
+    if sorted(pieces) != ends[:-1] or ends[-1] != like.numel():
+        raise ConfigError(f"the optimizer's state of {name} is incomplete: {ends[-1]} of {like.numel()} elements")
+    return torch.cat(ordered).reshape(like.shape)
 
 
 def _adapter_config(network: PeftModel) -> bytes:
@@ -195,7 +275,3 @@ def _adapter_config(network: PeftModel) -> bytes:
 
 def _load(path: UPath) -> dict[str, Tensor]:
     return safetensors.load(path.read_bytes())
-
-
-def _json(value: object) -> bytes:
-    return (json.dumps(value, indent=2) + "\n").encode()

@@ -14,8 +14,8 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.utils import (
-    safe_get_full_fp32_param,
-    safe_get_full_optimizer_state,
+    safe_get_local_fp32_param,
+    safe_get_local_optimizer_state,
     safe_set_full_fp32_param,
     safe_set_full_optimizer_state,
     safe_set_local_fp32_param,
@@ -28,7 +28,7 @@ from longlora.model import LongContextModel
 from longlora.segments import plan_segments
 from pipeline.config import Config
 from pipeline.feed import MicroBatch
-from pipeline.optimizer import MOMENTS, ParameterState, set_learning_rate
+from pipeline.optimizer import MOMENTS, Fragment, ParameterState, set_learning_rate
 
 
 @dataclass(frozen=True)
@@ -150,12 +150,23 @@ class TrainingEngine:
             if name in wanted:
                 yield name.removeprefix("network."), parameter
 
-    def read_state(self) -> Iterator[tuple[str, ParameterState]]:
-        """Every trainable parameter's state in full, one at a time. A collective: all ranks must go through it."""
+    def local_state(self) -> Iterator[tuple[str, Fragment]]:
+        """What this rank holds of the trainable parameters' state: views, which the next step changes."""
         for name, parameter in self.named_trainable():
-            master = safe_get_full_fp32_param(parameter)
-            moments = [safe_get_full_optimizer_state(parameter, key) for key in MOMENTS]
-            yield name, ParameterState(*(tensor.detach().float().cpu() for tensor in (master, *moments)))
+            fragment = self._partition(parameter) if self.zero_stage == 3 else _slice(parameter)
+            if fragment is not None:
+                yield name, fragment
+
+    def _partition(self, parameter: torch.nn.Parameter) -> Fragment | None:
+        """ZeRO-3: this rank's part of the flat tensor, without what pads it."""
+        size, numel = parameter.ds_tensor.numel(), parameter.ds_numel  # type: ignore[attr-defined]
+        start = dist.get_rank() * size
+        length = min(size, numel - start)
+        if length <= 0:
+            return None
+        moments = (safe_get_local_optimizer_state(parameter, key) for key in MOMENTS)
+        parts = (safe_get_local_fp32_param(parameter), *moments)
+        return Fragment(start, ParameterState(*(part.detach().flatten()[:length] for part in parts)))
 
     def write_state(self, state: dict[str, ParameterState], adam_step: int) -> None:
         """Sets masters, moments, Adam's step and the low-precision parameters, at any world size.
@@ -216,6 +227,15 @@ class TrainingEngine:
                 safe_set_local_fp32_param(parameter, part)
             else:
                 safe_set_local_optimizer_state(parameter, part, key)
+
+
+def _slice(parameter: torch.nn.Parameter) -> Fragment | None:
+    """ZeRO-1 and 2: what of a parameter lies in this rank's flat partition, if anything does."""
+    mapping = parameter._hp_mapping  # type: ignore[attr-defined]  # put there by DeepSpeed
+    if mapping is None:
+        return None
+    parts = (mapping.get_hp_fragment(key) for key in (None, *MOMENTS))
+    return Fragment(mapping.lp_fragment_address.start, ParameterState(*(part.detach() for part in parts)))
 
 
 def filler() -> MicroBatch:

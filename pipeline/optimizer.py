@@ -15,11 +15,19 @@ DECAYED = {"lora_a", "lora_b", "weights"}
 
 @dataclass
 class ParameterState:
-    """A trainable parameter in full: fp32 master and both Adam moments, each of the parameter's shape, on the CPU."""
+    """A trainable parameter: fp32 master and both Adam moments, each of the parameter's shape."""
 
     master: Tensor
     exp_avg: Tensor
     exp_avg_sq: Tensor
+
+
+@dataclass
+class Fragment:
+    """What one rank holds of a parameter's state: elements `start` … of it, flattened; each tensor (n,), fp32."""
+
+    start: int
+    state: ParameterState
 
 
 def build_optimizer(model: torch.nn.Module, config: Config) -> torch.optim.AdamW:

@@ -16,6 +16,7 @@ from pipeline.ledger import Event, LedgerWriter, StepRecord
 from pipeline.tracking import Tracker, tracking_uri
 
 TRAINING = "training"
+Files = dict[str, dict[str, int | str]]  # as in checkpoints.py, whose torch would slow down the start
 RATE_WINDOW = 10  # steps over which tokens/s and the remaining time are estimated
 
 
@@ -54,6 +55,7 @@ class RunLog:
         self._tokens_per_step = config.optimization.global_batch * config.context.length
         self._recent: deque[StepRecord] = deque(maxlen=RATE_WINDOW)
         self._before_the_first_attempt = [Event("driver", 0)]
+        self._save, self._offers = (0, 0), dict[int, tuple[Files, list[Any]]]()
         self._request = CheckpointRequest()
         self._answered = 0
         self._failed_with: tuple[str, int] = ("", -1)
@@ -105,8 +107,19 @@ class RunLog:
     def checkpointed(self, step: int, request: int, details: dict[str, Any]) -> None:
         """A checkpoint of the state after `step` steps is committed, an answer to the request of that number."""
         self._answered = max(self._answered, request)
+        self._offers = {}
         self._newest_checkpoint = step
         self.event("checkpoint", step, details)
+
+    def offer(self, save: tuple[int, int], rank: int, files: Files, masters: list[Any]) -> None:
+        """A rank has written its part of a save, (attempt, step); `masters`: a Ray reference to its share of them."""
+        if save != self._save:
+            self._save, self._offers = save, {}
+        self._offers[rank] = (files, masters)
+
+    def offers(self, save: tuple[int, int]) -> dict[int, tuple[Files, list[Any]]]:
+        """What ranks have offered for this save, so far."""
+        return self._offers if save == self._save else {}
 
     def ask_for_checkpoint(self, hold: bool = False) -> int:
         """Asks the workers for a checkpoint at the end of the step they are in; 0 if there are none in training.

@@ -11,6 +11,7 @@ from upath import UPath
 
 from pipeline import checkpoints
 from pipeline.assignment import Assignment, CheckpointRequest, FinalError
+from pipeline.checkpoint_writer import CheckpointWriter
 from pipeline.checkpoints import RunState
 from pipeline.config import Config, parse_config
 from pipeline.engine import TrainingEngine, partitioned_loading
@@ -75,14 +76,20 @@ class Worker:
             self.rank,
         )
         self.validation = self._validation_rows()
+        self.writer = CheckpointWriter(
+            self.folder, self.network, assignment.run_log, config.checkpoint, self.rank, self.world_size
+        )
         self.attempt = 0
         self.asked = CheckpointRequest()
         self.eval_loss: tuple[int, float] | None = None
 
     def restore(self) -> int:
         """Takes over the newest checkpoint that verifies; returns the step to go on from."""
-        folder = checkpoints.newest(self.folder)
-        step = 0
+        chosen: list[Any] = [None, []]
+        if self.rank == 0:
+            chosen = [checkpoints.newest(self.folder), checkpoints.discard_uncommitted(self.folder)]
+        dist.broadcast_object_list(chosen)
+        (folder, discarded), step = chosen, 0
         if folder is not None:
             state = checkpoints.read_state(folder)
             checkpoints.check_resumable(state, self.packs.fingerprint, self.assignment.base_fingerprint)
@@ -90,7 +97,11 @@ class Worker:
             step = state.step
         started = [0]
         if self.rank == 0:
-            details = {"checkpoint": folder.name if folder else None, "attention": str(self.attention)}
+            details = {
+                "checkpoint": folder.name if folder else None,
+                "attention": str(self.attention),
+                "discarded": discarded,
+            }
             started = [ray.get(self.assignment.run_log.start_attempt.remote(self.world_size, step, details))]
         dist.broadcast_object_list(started)
         self.attempt = started[0]
@@ -99,6 +110,7 @@ class Worker:
     def train_step(self, step: int) -> StepRecord:
         """One optimizer step over the sequences of `step`, whatever this worker's share of them is."""
         config, start = self.config, time.perf_counter()
+        self.writer.check()
         batches = self.feed.step(step)
         positions = positions_of_step(step, config.optimization.global_batch)
         sequences = sequences_at(positions, config.run.seed, self.packs.count)
@@ -135,31 +147,26 @@ class Worker:
             self.assignment.run_log.evaluated.remote(step, loss, targets, time.perf_counter() - start)
 
     def save(self, step: int) -> None:
-        """Commits a checkpoint of the state after `step` steps; then waits to be stopped, if that was announced."""
-        start, parameters = time.perf_counter(), {}
-        for name, parameter in self.engine.read_state():
-            if self.rank == 0:
-                parameters[name] = parameter
-        if self.rank == 0:
-            ray.get(self.assignment.run_log.sync.remote())
-            measured_at, loss = self.eval_loss or (None, None)
-            state = RunState(
-                step=step,
-                position=step * self.config.optimization.global_batch,
-                packs_fingerprint=self.packs.fingerprint,
-                base_fingerprint=self.assignment.base_fingerprint,
-                training_hash=self.config.training_hash(),
-                attempt=self.attempt,
-                eval_loss=loss if measured_at == step else None,
-            )
-            checkpoints.save(self.folder, state, self.network, parameters)
-            checkpoints.retain(self.folder, self.config.checkpoint.keep_last, self.config.checkpoint.keep_best)
-            details = {"seconds": time.perf_counter() - start}
-            self.assignment.run_log.checkpointed.remote(step, self.asked.number, details)
-        dist.barrier()
-        if self.asked.hold:
+        """Begins a checkpoint of the state after `step` steps; one that was asked for is waited for.
+
+        Workers that are about to be stopped wait for that as well.
+        """
+        measured_at, loss = self.eval_loss or (None, None)
+        state = RunState(
+            step=step,
+            position=step * self.config.optimization.global_batch,
+            packs_fingerprint=self.packs.fingerprint,
+            base_fingerprint=self.assignment.base_fingerprint,
+            training_hash=self.config.training_hash(),
+            attempt=self.attempt,
+            eval_loss=loss if measured_at == step else None,
+        )
+        asked, self.asked = self.asked, CheckpointRequest()
+        self.writer.save(state, self.engine.local_state(), asked.number)
+        if asked.number:
+            self.writer.wait()
+        if asked.hold:
             time.sleep(HOLD_S)
-        self.asked = CheckpointRequest()
 
     def tell(self, what: str, *values: object) -> None:
         """Tells the run's log, without waiting; rank 0 speaks for all."""
@@ -171,6 +178,7 @@ class Worker:
         return every_steps is not None and (step % every_steps == 0 or step == self.config.optimization.steps)
 
     def close(self) -> None:
+        self.writer.wait()
         self.feed.close()
         if self.rank == 0:
             ray.get(self.assignment.run_log.sync.remote())

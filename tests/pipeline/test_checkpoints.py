@@ -12,7 +12,7 @@ from longlora.adapters import attach_adapter
 from pipeline import checkpoints
 from pipeline.checkpoints import RunState
 from pipeline.config import ConfigError
-from pipeline.optimizer import ParameterState
+from pipeline.optimizer import Fragment, ParameterState
 
 STATE = RunState(
     step=3, position=24, packs_fingerprint="p", base_fingerprint="b", training_hash="t", attempt=1, eval_loss=None
@@ -124,7 +124,9 @@ def test_a_missing_file_and_a_foreign_manifest_are_damage(tmp_path: Any, network
     (folder / "config.json").unlink()
     assert "config.json" in checkpoints.damage(folder)
     (folder / "manifest.json").write_text(json.dumps({"format": 99, "files": {}}))
-    assert "format 99" in checkpoints.damage(folder)
+    with pytest.raises(ConfigError, match="format 99, this version reads 2; go on with the version that wrote it"):
+        checkpoints.newest(run)
+    assert checkpoints.discard_uncommitted(run) == [], "what another version wrote is not ours to delete"
     (folder / "manifest.json").write_text("{")
     assert checkpoints.newest(run) is None
 
@@ -137,6 +139,36 @@ def test_saving_again_replaces_what_a_crash_left(tmp_path: Any, network: PeftMod
     folder = checkpoints.save(run, STATE, network, random_state(network))
     assert not (folder / "optimizer-1-of-2.safetensors").exists()
     assert checkpoints.damage(folder) == ""
+
+
+def test_what_cannot_be_restored_is_cleared_away(tmp_path: Any, network: PeftModel) -> None:
+    run = UPath(tmp_path)
+    good = checkpoints.save(run, STATE, network, random_state(network))
+    damaged = checkpoints.save(run, replace(STATE, step=6), network, random_state(network))
+    (damaged / "state.json").write_bytes(b"{}")
+    uncommitted = checkpoints.save(run, replace(STATE, step=9), network, random_state(network))
+    (uncommitted / "manifest.json").unlink()
+    assert checkpoints.discard_uncommitted(run) == [6, 9]
+    assert [path.name for path in (run / "checkpoints").iterdir()] == [good.name]
+    checkpoints.save(run, replace(STATE, step=6), network, random_state(network))
+
+
+def test_a_step_is_committed_once(tmp_path: Any, network: PeftModel) -> None:
+    folder = checkpoints.save(UPath(tmp_path), STATE, network, random_state(network))
+    manifest = (folder / "manifest.json").read_bytes()
+    with pytest.raises(RuntimeError, match="committed by another writer"):
+        checkpoints.commit(folder, {})
+    assert (folder / "manifest.json").read_bytes() == manifest
+
+
+def test_a_moment_with_a_gap_is_refused(tmp_path: Any, network: PeftModel) -> None:
+    parameters = random_state(network)
+    folder = checkpoints.save(UPath(tmp_path), STATE, network, parameters)
+    pieces = {name: Fragment(1, ParameterState(*[p.flatten()[1:] for p in (s.master, s.exp_avg, s.exp_avg_sq)]))
+              for name, s in parameters.items()}  # fmt: skip
+    checkpoints.write_fragments(folder, network, pieces, 0, 1)
+    with pytest.raises(ConfigError, match=r"optimizer's state of .* is incomplete"):
+        checkpoints.read_parameters(folder, network)
 
 
 def test_the_last_and_the_best_are_kept(tmp_path: Any, network: PeftModel) -> None:
