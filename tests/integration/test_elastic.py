@@ -11,7 +11,7 @@ from pipeline.audit import audit_run
 from pipeline.config import load_config
 from pipeline.ledger import Event, StepRecord, read_ledger
 
-pytestmark = pytest.mark.timeout(1200)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]  # minutes each: Ray waits for nodes that are gone
 
 SLOT = {"slot": 1}
 STEPS = 1500
