@@ -4,7 +4,8 @@ import errno
 import json
 import os
 import threading
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from upath import UPath
@@ -57,17 +58,8 @@ def write_atomic(path: UPath, data: bytes) -> None:
     if not is_local(path):
         path.write_bytes(data)
         return
-    temporary = f"{path}.tmp-{os.getpid()}"
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+    with _on_disk(path, data) as temporary:
         os.replace(temporary, str(path))
-    except OSError:
-        if os.path.exists(temporary):
-            os.unlink(temporary)
-        raise
     sync_folder(path.parent)
 
 
@@ -80,20 +72,28 @@ def create_once(path: UPath, data: bytes) -> bool:
         except FileExistsError:
             return False
         return True
+    try:
+        with _on_disk(path, data) as temporary:
+            os.link(temporary, str(path))
+    except FileExistsError:
+        return False
+    sync_folder(path.parent)
+    return True
+
+
+@contextmanager
+def _on_disk(path: UPath, data: bytes) -> Iterator[str]:
+    """A temporary file beside a local `path`, with all of `data` on disk; afterwards it is gone, or renamed."""
     temporary = f"{path}.tmp-{os.getpid()}-{threading.get_ident()}"
     try:
-        with open(temporary, "xb") as file:
+        with open(temporary, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.link(temporary, str(path))
-    except FileExistsError:
-        return False
+        yield temporary
     finally:
         with suppress(FileNotFoundError):
             os.unlink(temporary)
-    sync_folder(path.parent)
-    return True
 
 
 def sync_folder(folder: UPath) -> None:
