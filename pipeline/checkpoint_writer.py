@@ -12,6 +12,8 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import ray
 import torch
 from peft import PeftModel
@@ -42,7 +44,8 @@ class CheckpointWriter:
     ) -> None:
         self.run_folder, self.network, self.run_log, self.settings = run_folder, network, run_log, settings
         self.rank, self.world_size = rank, world_size
-        self._shapes = {name: tensor_shape(parameter) for name, parameter in network.named_parameters()}
+        trainable = ((name, parameter) for name, parameter in network.named_parameters() if parameter.requires_grad)
+        self._shapes = {name: tensor_shape(parameter) for name, parameter in trainable}
         self._host: dict[str, Fragment] = {}
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
@@ -99,20 +102,21 @@ class CheckpointWriter:
         ray.get(self.run_log.offer.remote(save, self.rank, files, [ray.put(masters)]))
         if self.rank:
             return
-        for rank_files, [offered] in self._offers(save):
+        offers = self._offers(save)
+        for rank_files, _ in offers:
             files |= rank_files
-            self._collect(ray.get(offered))
-        files |= checkpoints.write_network(folder, self.network, self._masters, state)
+        whole = joined((ray.get(offered) for _, [offered] in offers), self._shapes)
+        files |= checkpoints.write_network(folder, self.network, whole, state)
         ray.get(self.run_log.sync.remote())
         checkpoints.commit(folder, files)
-        written = sum(int(entry["size"]) for entry in files.values())
-        details = {"seconds": blocked, "write_seconds": time.perf_counter() - start, "bytes": written}
+        written, seconds = sum(int(entry["size"]) for entry in files.values()), time.perf_counter() - start
+        # The workers wait for a checkpoint that was asked for.
+        details = {"seconds": blocked + (seconds if request else 0.0), "write_seconds": seconds, "bytes": written}
         ray.get(self.run_log.checkpointed.remote(state.step, request, details))
         checkpoints.retain(self.run_folder, self.settings.keep_last, self.settings.keep_best)
 
     def _offers(self, save: tuple[int, int]) -> list[tuple[Files, list[Any]]]:
         """What all ranks have written and hold; TimeoutError if one of them does not come."""
-        self._masters: dict[str, Tensor] = {}
         until = time.monotonic() + OFFER_TIMEOUT_S
         while len(offers := ray.get(self.run_log.offers.remote(save))) < self.world_size:
             if time.monotonic() > until:
@@ -121,12 +125,21 @@ class CheckpointWriter:
             time.sleep(POLL_S)
         return [offers[rank] for rank in sorted(offers)]
 
-    def _collect(self, masters: dict[str, tuple[int, Any]]) -> None:
-        """Puts one rank's pieces into the full masters."""
-        for name, (start, piece) in masters.items():
-            if name not in self._masters:
-                self._masters[name] = torch.empty(self._shapes[name])
-            self._masters[name].view(-1)[start : start + len(piece)] = torch.from_numpy(piece.copy())
+
+def joined(
+    shares: Iterable[dict[str, tuple[int, npt.NDArray[np.float32]]]], shapes: dict[str, torch.Size]
+) -> dict[str, Tensor]:
+    """The masters in full, of all ranks' pieces: (first element, piece) by name. RuntimeError if they leave a gap."""
+    whole = {name: torch.empty(shape, dtype=torch.float32) for name, shape in shapes.items()}
+    missing = {name: tensor.numel() for name, tensor in whole.items()}
+    for share in shares:
+        for name, (start, piece) in share.items():
+            whole[name].view(-1).numpy()[start : start + len(piece)] = piece
+            missing[name] -= len(piece)
+    if any(missing.values()):
+        name = next(name for name, count in missing.items() if count)
+        raise RuntimeError(f"the ranks' pieces of {name} do not add up: {missing[name]} elements are missing")
+    return whole
 
 
 def parts(state: ParameterState) -> tuple[Tensor, Tensor, Tensor]:

@@ -30,7 +30,7 @@ from upath import UPath
 from longlora.adapters import adapter_state, peft_key
 from pipeline.config import ConfigError
 from pipeline.optimizer import MOMENTS, Fragment, ParameterState
-from pipeline.storage import create_once, json_bytes, read_json, remove_tree, write_atomic
+from pipeline.storage import create_once, json_bytes, read_json, remove_tree
 
 MANIFEST = "manifest.json"
 Files = dict[str, dict[str, int | str]]
@@ -232,7 +232,8 @@ def _network_files(network: PeftModel | PreTrainedModel, masters: dict[str, Tens
 
 def _write(folder: UPath, files: dict[str, bytes]) -> Files:
     for name, data in files.items():
-        write_atomic(folder / name, data)
+        if not create_once(folder / name, data):  # a stale writer must not touch what another has committed
+            raise RuntimeError(f"{folder / name}: was written by another writer")
     return {name: {"size": len(data), "sha256": sha256(data).hexdigest()} for name, data in files.items()}
 
 

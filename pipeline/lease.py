@@ -19,7 +19,7 @@ from typing import Any
 from upath import UPath
 
 from pipeline.config import ConfigError
-from pipeline.storage import create_once, json_bytes, read_json, write_json
+from pipeline.storage import create_once, is_local, json_bytes, read_json, write_json
 
 BEAT_S = 5.0
 EXPIRY_S = 30.0
@@ -47,6 +47,11 @@ class Holder:
             return "unknown"
         living = {pid for pid in (self.driver, self.writer) if _start_of(pid) == self.started[str(pid)]}
         return "alive" if self.driver in living else "unknown" if self.writer in living else "dead"
+
+    def is_orphaned(self) -> bool:
+        """Whether the driver is known to be dead, though its writer may not have noticed yet."""
+        known = self.host == socket.gethostname() and self.started[str(self.driver)]
+        return bool(known) and _start_of(self.driver) != self.started[str(self.driver)]
 
     def __str__(self) -> str:
         return f"process {self.driver} on {self.host}"
@@ -85,8 +90,8 @@ class Lease:
 
     def _keep(self) -> None:
         while not self._ended.wait(BEAT_S):
-            # A storage error is none of ours to end a run for: if it lasts, another driver may take over.
-            with suppress(OSError):
+            # A storage error, whatever its type, is none to end a run for: if it lasts, another driver may take over.
+            with suppress(Exception):
                 if _highest(self._folder) != self._term:
                     self._lost()
                     return
@@ -99,7 +104,7 @@ class Lease:
 def refuse_if_held(run_folder: UPath) -> None:
     """ConfigError if a process of this machine holds the run: known at once, before anything is started."""
     folder = run_folder / "lease"
-    term = _highest(folder) if folder.exists() else 0
+    term = _highest(folder)
     if term and not _beat_of(folder, term).get("released"):
         holder = Holder(**read_json(folder / f"{term}.json"))
         if holder.state() == "alive":
@@ -117,7 +122,8 @@ def _wait_until_free(folder: UPath, term: int) -> None:
     holder = Holder(**read_json(folder / f"{term}.json"))
     beat, since = _beat_of(folder, term), time.monotonic()
     while not beat.get("released") and holder.state() != "dead":
-        if holder.state() == "alive" or _beat_of(folder, term) != beat:
+        beats = _beat_of(folder, term) != beat
+        if holder.state() == "alive" or (beats and not holder.is_orphaned()):
             raise _held(folder, holder)
         if time.monotonic() - since > EXPIRY_S:
             return
@@ -127,13 +133,23 @@ def _wait_until_free(folder: UPath, term: int) -> None:
 
 
 def _beat_of(folder: UPath, term: int) -> dict[str, Any]:
+    _forget_listings(folder)
     with suppress(FileNotFoundError):
         return read_json(folder / f"{term}.beat")
     return {}
 
 
 def _highest(folder: UPath) -> int:
-    return max((int(path.stem) for path in folder.iterdir() if path.name.endswith(".json")), default=0)
+    _forget_listings(folder)
+    with suppress(FileNotFoundError, NotADirectoryError):  # object stores have no empty folders
+        return max((int(path.stem) for path in folder.iterdir() if path.name.endswith(".json")), default=0)
+    return 0
+
+
+def _forget_listings(folder: UPath) -> None:
+    """Object stores' listings are kept in memory, and another driver writes here."""
+    if not is_local(folder):
+        folder.fs.invalidate_cache(folder.path)
 
 
 def _start_of(pid: int) -> str:

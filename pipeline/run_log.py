@@ -55,7 +55,7 @@ class RunLog:
         self._tokens_per_step = config.optimization.global_batch * config.context.length
         self._recent: deque[StepRecord] = deque(maxlen=RATE_WINDOW)
         self._before_the_first_attempt = [Event("driver", 0)]
-        self._save, self._offers = (0, 0), dict[int, tuple[Files, list[Any]]]()
+        self._offers: dict[tuple[int, int], dict[int, tuple[Files, list[Any]]]] = {}
         self._request = CheckpointRequest()
         self._answered = 0
         self._failed_with: tuple[str, int] = ("", -1)
@@ -67,7 +67,7 @@ class RunLog:
         for event in self._before_the_first_attempt:
             self.ledger.write(event)
         self._before_the_first_attempt.clear()
-        self._answered = self._request.number  # of workers that are gone
+        self._answered, self._offers = self._request.number, {}  # those workers are gone
         self.ledger.write(Event("start", step, details={"world_size": world_size, **details}))
         self._recent.clear()
         status = self.status_now
@@ -107,19 +107,18 @@ class RunLog:
     def checkpointed(self, step: int, request: int, details: dict[str, Any]) -> None:
         """A checkpoint of the state after `step` steps is committed, an answer to the request of that number."""
         self._answered = max(self._answered, request)
-        self._offers = {}
+        # A rank may have offered its part of the next save already.
+        self._offers = {save: parts for save, parts in self._offers.items() if save[1] > step}
         self._newest_checkpoint = step
         self.event("checkpoint", step, details)
 
     def offer(self, save: tuple[int, int], rank: int, files: Files, masters: list[Any]) -> None:
         """A rank has written its part of a save, (attempt, step); `masters`: a Ray reference to its share of them."""
-        if save != self._save:
-            self._save, self._offers = save, {}
-        self._offers[rank] = (files, masters)
+        self._offers.setdefault(save, {})[rank] = (files, masters)
 
     def offers(self, save: tuple[int, int]) -> dict[int, tuple[Files, list[Any]]]:
         """What ranks have offered for this save, so far."""
-        return self._offers if save == self._save else {}
+        return self._offers.get(save, {})
 
     def ask_for_checkpoint(self, hold: bool = False) -> int:
         """Asks the workers for a checkpoint at the end of the step they are in; 0 if there are none in training.
@@ -138,6 +137,11 @@ class RunLog:
     def has_checkpointed(self, request: int) -> bool:
         """Whether a request has been answered, or its workers are gone."""
         return self._answered >= request or self.status_now.phase != TRAINING
+
+    def workers_ended(self, attempt: int) -> None:
+        """A worker of that attempt has ended, well or not: nobody answers requests any more."""
+        if attempt == self.status_now.attempt:
+            self.status_now.phase = "ending"
 
     def happened(self, event: str, details: dict[str, Any]) -> None:
         """A disturbance, as the controller sees it."""
@@ -182,9 +186,11 @@ class RunLog:
 
     def close(self, status: str) -> None:
         """Ends the MLflow run as FINISHED, FAILED or KILLED, and the ledger."""
-        self.ledger.close()
-        self.tracker.close(status)
-        self.lease.release()
+        try:
+            self.ledger.close()
+            self.tracker.close(status)
+        finally:
+            self.lease.release()
 
     def _lease_lost(self) -> None:
         self.fail("another driver has taken over this run")

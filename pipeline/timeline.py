@@ -22,6 +22,7 @@ SAVE = "checkpoint_save"
 STARTUP = "program_startup"
 EVALUATION = "evaluation"
 OTHER = "other"
+BESIDE_THE_STEPS = ("checkpoint", "notice")  # written while a step goes on: they do not divide the time
 CATEGORIES = (PRODUCTIVE, PENDING, WASTED, RECOVERY, RESTORE, SAVE, STARTUP, EVALUATION, OTHER)
 
 
@@ -53,19 +54,26 @@ def seconds_by_category(lines: Sequence[Line], counting: set[int]) -> dict[str, 
     lines: in the order written. counting: indices into `lines` of the steps that a committed checkpoint contains.
     """
     seconds: dict[str, float] = defaultdict(float)
-    started = False
+    started, saving, before = False, 0.0, lines[0].time
     redone_from = _first_step_after(lines)
-    for number, (before, line) in enumerate(pairwise(lines), 1):
-        elapsed = line.time - before.time
+    for number, line in enumerate(lines):
+        if isinstance(line, Event) and line.event in BESIDE_THE_STEPS:
+            saving += line.details.get("seconds", 0.0)
+            continue
+        elapsed, before = line.time - before, line.time
         if isinstance(line, StepRecord):
             inside = min(elapsed, line.seconds)
             kind = PRODUCTIVE if number in counting else WASTED if line.step >= redone_from[number] else PENDING
         else:
             kind = _category(line, started)
-            inside = min(elapsed, line.details.get("seconds", elapsed)) if kind != OTHER else elapsed
+            inside = min(elapsed, line.details.get("seconds", elapsed))
             started = started or line.event == "start"
         seconds[kind] += inside
-        seconds[OTHER] += elapsed - inside
+        blocked = min(saving, elapsed - inside)
+        seconds[SAVE] += blocked
+        seconds[OTHER] += elapsed - inside - blocked
+        saving = 0.0
+    seconds[SAVE] += lines[-1].time - before  # the last checkpoint is waited for
     return {category: seconds[category] for category in CATEGORIES}
 
 
@@ -104,8 +112,6 @@ def recoveries(lines: Sequence[Line]) -> list[Recovery]:
 
 
 def _category(event: Event, started: bool) -> str:
-    if event.event == "checkpoint":
-        return SAVE
     if event.event == "evaluation":
         return EVALUATION
     if event.event in ("failure", "driver", "workers"):

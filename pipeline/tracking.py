@@ -84,7 +84,10 @@ class Tracker:
         """Sends what is queued, waiting at most `patience_s`, and ends the run as FINISHED, FAILED or KILLED."""
         self._queue.put(None)
         self._thread.join(patience_s)
-        self.client.set_terminated(self.run_id, status)
+        try:
+            self.client.set_terminated(self.run_id, status)
+        except Exception as error:  # the run has ended as it has, whether or not the server learns of it
+            print(f"MLflow was not told that the run is {status} ({type(error).__name__})", flush=True)
 
     def _send(self) -> None:
         while (metrics := self._queue.get()) is not None:

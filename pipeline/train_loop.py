@@ -29,8 +29,18 @@ HOLD_S = 60.0
 def train_loop(assignment: Assignment) -> None:
     """Trains from the newest checkpoint to the last step."""
     run = Worker(assignment)
-    config = run.config
     step = run.restore()
+    try:
+        train_from(step, run)
+    except Exception:
+        # Also of a rank that lost its peer: a resize must not wait for a checkpoint that nobody makes any more.
+        assignment.run_log.workers_ended.remote(run.attempt)
+        raise
+
+
+def train_from(step: int, run: "Worker") -> None:
+    """The loop: step, validation, checkpoint."""
+    config = run.config
     while step < config.optimization.steps:
         record = run.train_step(step)
         step += 1
@@ -178,6 +188,7 @@ class Worker:
         return every_steps is not None and (step % every_steps == 0 or step == self.config.optimization.steps)
 
     def close(self) -> None:
+        self.tell("workers_ended", self.attempt)
         self.writer.wait()
         self.feed.close()
         if self.rank == 0:

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import ray
 import torch
@@ -202,3 +203,9 @@ def test_bytes_are_those_of_masters_and_moments(tmp_path: Path) -> None:
         writer.wait()
     written = sum(os.path.getsize(file) for file in (tmp_path / "checkpoints" / "step-1").iterdir())
     assert written <= 1.02 * sum(3 * whole.master.nbytes for whole in state.values())
+
+
+def test_masters_with_a_gap_are_not_committed() -> None:
+    shares = [{"w": (0, np.ones(3, np.float32))}, {"w": (4, np.ones(2, np.float32))}]
+    with pytest.raises(RuntimeError, match="pieces of w do not add up: 1 elements are missing"):
+        checkpoint_writer.joined(shares, {"w": torch.Size([2, 3])})

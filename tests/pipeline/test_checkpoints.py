@@ -166,6 +166,9 @@ def test_a_moment_with_a_gap_is_refused(tmp_path: Any, network: PeftModel) -> No
     folder = checkpoints.save(UPath(tmp_path), STATE, network, parameters)
     pieces = {name: Fragment(1, ParameterState(*[p.flatten()[1:] for p in (s.master, s.exp_avg, s.exp_avg_sq)]))
               for name, s in parameters.items()}  # fmt: skip
+    with pytest.raises(RuntimeError, match="written by another writer"):
+        checkpoints.write_fragments(folder, network, pieces, 0, 1)
+    (folder / "optimizer-1-of-1.safetensors").unlink()
     checkpoints.write_fragments(folder, network, pieces, 0, 1)
     with pytest.raises(ConfigError, match=r"optimizer's state of .* is incomplete"):
         checkpoints.read_parameters(folder, network)
@@ -201,14 +204,14 @@ def test_the_base_fingerprint_follows_the_weights_not_the_place(tmp_path: Any) -
 def test_a_full_disk_leaves_no_commit(tmp_path: Any, network: PeftModel, monkeypatch: pytest.MonkeyPatch) -> None:
     run = UPath(tmp_path)
     good = checkpoints.save(run, STATE, network, random_state(network))
-    written = checkpoints.write_atomic
+    written = checkpoints.create_once
 
-    def fills_up(path: UPath, data: bytes) -> None:
+    def fills_up(path: UPath, data: bytes) -> bool:
         if path.name == "state.json":
             raise OSError(28, "No space left on device")
-        written(path, data)
+        return written(path, data)
 
-    monkeypatch.setattr(checkpoints, "write_atomic", fills_up)
+    monkeypatch.setattr(checkpoints, "create_once", fills_up)
     with pytest.raises(OSError, match="No space left"):
         checkpoints.save(run, replace(STATE, step=6), network, random_state(network))
     assert checkpoints.newest(run) == good

@@ -148,3 +148,27 @@ def test_what_happened_before_the_first_attempt_is_kept(values: dict[str, Any], 
     log.close("FINISHED")
     events = [line.event for _, line in read_ledger(log.folder) if isinstance(line, Event)]
     assert events == ["driver", "workers", "start"]
+
+
+def test_what_a_fast_rank_offers_for_the_next_save_is_kept(values: dict[str, Any], tmp_path: Path) -> None:
+    log = RunLog(values, str(tmp_path / "logged"), os.getpid())
+    log.start_attempt(2, 0, STARTED)
+    log.offer((1, 5), 0, {}, [])
+    log.offer((1, 5), 1, {}, [])
+    log.offer((1, 6), 1, {}, [])
+    log.checkpointed(5, 0, {})
+    assert (log.offers((1, 5)), list(log.offers((1, 6)))) == ({}, [1])
+    log.start_attempt(2, 5, STARTED)
+    assert log.offers((1, 6)) == {}, "of workers that are gone"
+    log.close("FINISHED")
+
+
+def test_nobody_is_asked_once_a_worker_has_ended(values: dict[str, Any], tmp_path: Path) -> None:
+    log = RunLog(values, str(tmp_path / "logged"), os.getpid())
+    log.start_attempt(2, 0, STARTED)
+    asked = log.ask_for_checkpoint(hold=True)
+    log.workers_ended(0)  # of an attempt before this one
+    assert not log.has_checkpointed(asked)
+    log.workers_ended(1)
+    assert log.has_checkpointed(asked) and log.ask_for_checkpoint() == 0
+    log.close("FINISHED")
