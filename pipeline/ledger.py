@@ -1,20 +1,25 @@
 """What each step trained and what happened to the run: JSON lines with one writer.
 
-`ledger/attempt-<k>.jsonl` holds a line a step and a line an event, in the order they happened; an attempt is one start
-of the worker group. A step's line says what was *trained*; it counts once a later committed checkpoint contains it.
+`ledger/attempt-<k>.jsonl` (on object stores `attempt-<k>-part-<j>.jsonl`) holds a line a step and a line an event, in
+the order they happened; an attempt is one start of the worker group. A step's line says what was *trained*; it counts
+once a later committed checkpoint contains it.
 """
 
 import json
 import os
+import re
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
-from typing import IO, Any
+from typing import Any
 
 from upath import UPath
 
-from pipeline.storage import is_local
+from pipeline.storage import create_once, is_local
+
+ATTEMPT_FILE = re.compile(r"attempt-(\d+)(?:-part-(\d+))?\.jsonl")
 
 
 @dataclass(frozen=True)
@@ -60,50 +65,89 @@ def token_hash(hashes: Sequence[int]) -> str:
 
 
 class LedgerWriter:
-    """Appends to the ledger of one run, on a local file system. One instance at a time writes a run's ledger."""
+    """Appends to the ledger of one run. One instance at a time writes a run's ledger."""
 
     def __init__(self, run_folder: UPath) -> None:
         self.folder = run_folder / "ledger"
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.attempt = _last_attempt(self.folder)
-        self._file: IO[str] | None = None
+        self.attempt = max(_files(self.folder), default=0)
+        self._file: _LocalFile | _Parts | None = None
 
     def start_attempt(self) -> int:
         """Begins the next attempt's file and returns its number, from 1."""
         self.close()
         self.attempt += 1
-        path = self.folder / f"attempt-{self.attempt}.jsonl"
-        self._file = path.open("x", encoding="utf-8")
+        self._file = (_LocalFile if is_local(self.folder) else _Parts)(self.folder, self.attempt)
         return self.attempt
 
     def write(self, line: StepRecord | Event) -> None:
         if self._file is None:
             raise RuntimeError("the ledger has no attempt yet: call start_attempt first")
         self._file.write(json.dumps(asdict(line)) + "\n")
-        self._file.flush()
 
     def sync(self) -> None:
         """Returns when everything written so far is on disk; called before a checkpoint is committed."""
         if self._file is not None:
-            self._file.flush()
-            if is_local(self.folder):
-                os.fsync(self._file.fileno())
+            self._file.sync()
 
     def close(self) -> None:
         if self._file is not None:
-            self.sync()
             self._file.close()
             self._file = None
 
 
+class _LocalFile:
+    """`attempt-<k>.jsonl`, a line at a time."""
+
+    def __init__(self, folder: UPath, attempt: int) -> None:
+        self._file = (folder / f"attempt-{attempt}.jsonl").open("x", encoding="utf-8")
+
+    def write(self, line: str) -> None:
+        self._file.write(line)
+        self._file.flush()
+
+    def sync(self) -> None:
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self.sync()
+        self._file.close()
+
+
+class _Parts:
+    """`attempt-<k>-part-<j>.jsonl`: object stores cannot append, so each sync puts what is new as an object."""
+
+    def __init__(self, folder: UPath, attempt: int) -> None:
+        self._folder, self._attempt, self._part = folder, attempt, 0
+        self._lines: list[str] = []
+        self._put()  # empty: the number of the attempt is taken
+
+    def write(self, line: str) -> None:
+        self._lines.append(line)
+
+    def sync(self) -> None:
+        if self._lines:
+            self._put()
+
+    def close(self) -> None:
+        self.sync()
+
+    def _put(self) -> None:
+        path = self._folder / f"attempt-{self._attempt}-part-{self._part}.jsonl"
+        if not create_once(path, "".join(self._lines).encode()):
+            raise RuntimeError(f"{path}: was written by another driver")
+        self._part += 1
+        self._lines.clear()
+
+
 def read_ledger(run_folder: UPath) -> Iterator[tuple[int, StepRecord | Event]]:
     """(attempt, line) of a run, in the order written. A last line cut by a crash is left out: it was never synced."""
-    for attempt in range(1, _last_attempt(run_folder / "ledger") + 1):
-        text = (run_folder / "ledger" / f"attempt-{attempt}.jsonl").read_text(encoding="utf-8")
-        for line in text.splitlines(keepends=True):
-            if line.endswith("\n"):
-                values = json.loads(line)
-                yield attempt, Event(**values) if "event" in values else StepRecord(**values)
+    for attempt, paths in sorted(_files(run_folder / "ledger").items()):
+        for text in (path.read_text(encoding="utf-8") for path in paths):
+            for line in text.splitlines(keepends=True):
+                if line.endswith("\n"):
+                    values = json.loads(line)
+                    yield attempt, Event(**values) if "event" in values else StepRecord(**values)
 
 
 def trained_steps(run_folder: UPath) -> dict[int, StepRecord]:
@@ -111,10 +155,11 @@ def trained_steps(run_folder: UPath) -> dict[int, StepRecord]:
     return {line.step: line for _, line in read_ledger(run_folder) if isinstance(line, StepRecord)}
 
 
-def _last_attempt(folder: UPath) -> int:
-    if not folder.exists():
-        return 0
-    numbers = [
-        int(path.name.removeprefix("attempt-").removesuffix(".jsonl")) for path in folder.glob("attempt-*.jsonl")
-    ]
-    return max(numbers, default=0)
+def _files(folder: UPath) -> dict[int, list[UPath]]:
+    """The files of each attempt, parts in order."""
+    found: dict[int, dict[int, UPath]] = defaultdict(dict)
+    for path in folder.glob("attempt-*.jsonl"):
+        match = ATTEMPT_FILE.fullmatch(path.name)
+        if match:
+            found[int(match[1])][int(match[2] or 0)] = path
+    return {attempt: [parts[part] for part in sorted(parts)] for attempt, parts in found.items()}

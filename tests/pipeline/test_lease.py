@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 import time
+import uuid
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -105,3 +106,12 @@ def test_created_once_means_once_and_whole(tmp_path: Path) -> None:
     assert won.count(True) == 1
     assert path.read_bytes() == bytes([won.index(True)]) * 1000
     assert [file.name for file in path.parent.iterdir()] == ["file"]
+
+
+def test_on_an_object_store_too_one_driver_holds_a_run() -> None:
+    run = UPath(f"memory://{uuid.uuid4().hex}/run")
+    first = Lease(run, elsewhere())
+    with pytest.raises(ConfigError, match="is working on this run"):
+        Lease(run, elsewhere())
+    first.release()
+    Lease(run, elsewhere()).release()

@@ -1,3 +1,4 @@
+import uuid
 from dataclasses import replace
 
 import pytest
@@ -57,3 +58,27 @@ def test_the_token_hash_knows_content_and_order() -> None:
     assert token_hash([7, 9]) != token_hash([9, 7])
     assert token_hash([7, 9]) != token_hash([7, 8])
     assert token_hash([7, 9]) == token_hash([7, 9])
+
+
+def test_on_an_object_store_what_is_synced_is_there() -> None:
+    run = UPath(f"memory://{uuid.uuid4().hex}/run")
+    writer = LedgerWriter(run)
+    writer.start_attempt()
+    for step in range(12):
+        writer.write(replace(RECORD, step=step))
+        writer.sync()
+    writer.write(replace(RECORD, step=12))  # never synced: the driver is killed here
+    again = LedgerWriter(run)
+    assert again.start_attempt() == 2
+    again.write(Event("start", 12, time=1.0))
+    again.close()
+    lines = list(read_ledger(run))
+    assert [(attempt, line.step) for attempt, line in lines] == [*((1, step) for step in range(12)), (2, 12)]
+
+
+def test_two_writers_of_one_attempt_on_an_object_store_do_not_mix() -> None:
+    run = UPath(f"memory://{uuid.uuid4().hex}/run")
+    first, second = LedgerWriter(run), LedgerWriter(run)
+    first.start_attempt()
+    with pytest.raises(RuntimeError, match="written by another driver"):
+        second.start_attempt()
