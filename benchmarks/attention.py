@@ -173,6 +173,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/<date>-attention-….json and .md")
     options = parser.parse_args()
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch finds no CUDA device on this machine")
     options.kv_heads = options.kv_heads or options.heads
     return options
 
