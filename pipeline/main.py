@@ -4,6 +4,7 @@ python pipeline/main.py [COMMAND] [--config FILE] [section.key=value …]
 """
 
 import argparse
+import logging
 import os
 import sys
 import warnings
@@ -82,6 +83,8 @@ def _quiet_libraries() -> None:
         "TOKENIZERS_PARALLELISM": "false",
     }.items():
         os.environ.setdefault(name, value)
+    # DeepSpeed comes in with PEFT and tells of a machine without GPU that it has none.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
     # PEFT asks transformers for it by its old name, which nobody here can change.
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
 
