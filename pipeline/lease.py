@@ -121,14 +121,14 @@ def _held(folder: UPath, holder: Holder) -> ConfigError:
 def _wait_until_free(folder: UPath, term: int) -> None:
     holder = Holder(**read_json(folder / f"{term}.json"))
     beat, since = _beat_of(folder, term), time.monotonic()
+    if not beat.get("released") and holder.state() == "unknown":
+        print(f"waiting for a sign of life of {holder}, {EXPIRY_S:.0f} s at most", flush=True)
     while not beat.get("released") and holder.state() != "dead":
         beats = _beat_of(folder, term) != beat
         if holder.state() == "alive" or (beats and not holder.is_orphaned()):
             raise _held(folder, holder)
         if time.monotonic() - since > EXPIRY_S:
             return
-        if time.monotonic() - since > BEAT_S and int(time.monotonic() - since) % 10 == 0:
-            print(f"waiting for the lease of {holder} to expire, {EXPIRY_S:.0f} s at most", flush=True)
         time.sleep(1)
 
 

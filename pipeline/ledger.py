@@ -150,11 +150,6 @@ def read_ledger(run_folder: UPath) -> Iterator[tuple[int, StepRecord | Event]]:
                     yield attempt, Event(**values) if "event" in values else StepRecord(**values)
 
 
-def trained_steps(run_folder: UPath) -> dict[int, StepRecord]:
-    """The last record of each step: where a step was redone after a restart, the one that a checkpoint can contain."""
-    return {line.step: line for _, line in read_ledger(run_folder) if isinstance(line, StepRecord)}
-
-
 def _files(folder: UPath) -> dict[int, list[UPath]]:
     """The files of each attempt, parts in order."""
     found: dict[int, dict[int, UPath]] = defaultdict(dict)

@@ -167,9 +167,6 @@ class RunLog:
         else:
             self._before_the_first_attempt.append(line)
 
-    def metrics(self, values: dict[str, float], step: int) -> None:
-        self.tracker.metrics(values, step)
-
     def sync(self) -> None:
         """Returns when the ledger is on disk. RuntimeError if another driver has the run: nothing more is committed."""
         self.lease.check()
