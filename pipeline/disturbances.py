@@ -1,9 +1,11 @@
-"""What Ray Train's controller sees of a run's disturbances, told to the run's log: failures, notices, resizes.
+"""A run's disturbances, told to the run's log: failures, notices and resizes, as Ray Train sees them; SIGTERM.
 
-The controller calls these hooks in its own process, on the driver's node. `ControllerCallback` is an internal interface
-of Ray, the only one that tells of a resize before it happens; the range of Ray versions is pinned for it.
+Ray calls these hooks in the controller, on the driver's node, and in the workers. `ControllerCallback` is an internal
+interface of Ray, the only one that tells of a resize before it happens; the range of Ray versions is pinned for it.
 """
 
+import signal
+import threading
 import time
 from typing import Any
 
@@ -11,7 +13,7 @@ import ray
 import torch.distributed as dist
 from ray.exceptions import RayActorError
 from ray.train import UserCallback
-from ray.train.v2._internal.execution.callback import ControllerCallback
+from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerCallback
 from ray.train.v2._internal.execution.controller.state import (
     PreemptingState,
     ReschedulingState,
@@ -40,10 +42,11 @@ class EndOnFinalError(UserCallback):
 
 
 class TellDisturbances(ControllerCallback):
-    """Tells the log what happens to the worker group, and has a checkpoint made before it is resized."""
+    """Tells the log what happens to the worker group; has checkpoints made at a notice and before a stop."""
 
     def __init__(self, run_log: Any) -> None:
         self.run_log = run_log
+        self._last_call = False
 
     def after_controller_state_update(
         self, previous_state: TrainControllerState, current_state: TrainControllerState
@@ -51,11 +54,16 @@ class TellDisturbances(ControllerCallback):
         if isinstance(current_state, RestartingState | ReschedulingState):
             error = current_state.training_failed_error
             self.run_log.happened.remote("failure", {"cause": cause(error), "error": last_line(error)[:300]})
-        elif isinstance(current_state, PreemptingState) and not isinstance(previous_state, PreemptingState):
+        elif isinstance(current_state, PreemptingState):
             info = current_state.preemption_info
             left = info.deadline_ms / 1000 - time.time() if info.deadline_ms else None
-            self.run_log.happened.remote("notice", {"ranks": sorted(info.preempted_ranks), "seconds_left": left})
-            self.run_log.ask_for_checkpoint.remote()
+            if not isinstance(previous_state, PreemptingState):
+                self._last_call = False
+                self.run_log.noticed.remote({"ranks": sorted(info.preempted_ranks), "seconds_left": left})
+            elif left is not None and not self._last_call and left < ray.get(self.run_log.save_seconds.remote()):
+                # The workers are stopped at the deadline: what they did since the first checkpoint is kept too.
+                self._last_call = True
+                self.run_log.ask_for_checkpoint.remote(hold=True)
         elif isinstance(current_state, ResizingState):
             workers = getattr(current_state.scaling_decision, "num_workers", None)
             self.run_log.happened.remote("resize", {"cause": f"resize to {workers}", "workers": workers})
@@ -66,6 +74,23 @@ class TellDisturbances(ControllerCallback):
         until = time.monotonic() + SAVE_TIMEOUT_S
         while asked and time.monotonic() < until and not ray.get(self.run_log.has_checkpointed.remote(asked)):
             time.sleep(0.2)
+
+
+class NoticeOnSigterm(WorkerCallback):
+    """Takes SIGTERM on a worker for a notice: all ranks save the same step at once, and train on while they may."""
+
+    def __init__(self, run_log: Any) -> None:
+        self.run_log = run_log
+
+    def after_init_train_context(self) -> None:
+        """Called in the worker's main thread, as signals need it; Ray's own handler would end the worker."""
+        rank = ray.train.get_context().get_world_rank()
+
+        def tell() -> None:
+            self.run_log.noticed.remote({"ranks": [rank], "seconds_left": None, "signal": "SIGTERM"})
+
+        # A handler interrupts any line of this thread, in Ray too; a thread of its own may call Ray.
+        signal.signal(signal.SIGTERM, lambda *_: threading.Thread(target=tell, daemon=True).start())
 
 
 def cause(error: TrainingFailedError) -> str:

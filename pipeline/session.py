@@ -17,6 +17,7 @@ T = TypeVar("T")
 TRAIN_SETTINGS = {
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "15",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
+    "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
 }
 # glibc gives large blocks back to the system at once and takes them again a moment later, each page cleared anew: a
@@ -39,6 +40,7 @@ def ray_session(config: Config) -> Iterator[None]:
     """
     for name, value in TRAIN_SETTINGS.items():
         os.environ.setdefault(name, value)
+    os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(config.workers.hang_timeout_s)
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_worker_niceness", "0")  # 15 by default: anything else on the machine would starve a step
     import ray

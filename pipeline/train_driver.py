@@ -13,20 +13,21 @@ from ray.train.torch import TorchConfig
 # ray.train exports these under the types of its first version, which type checkers then see.
 from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
 from ray.train.v2.api.exceptions import TrainingFailedError
-from ray.train.v2.torch.torch_trainer import TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from upath import UPath
 
 from pipeline import checkpoints
 from pipeline.assignment import Assignment
 from pipeline.config import Config, ConfigError, local_path
-from pipeline.disturbances import EndOnFinalError, TellDisturbances, last_line
+from pipeline.disturbances import EndOnFinalError, NoticeOnSigterm, TellDisturbances, last_line
+from pipeline.elastic import ElasticTrainer
 from pipeline.packs import Packs, check_enough
 from pipeline.prepare import PreparedPacks
 from pipeline.progress import show_progress
 from pipeline.run_config import keep_config
 from pipeline.run_log import RunLog
-from pipeline.session import on_cluster, uses_gpu
+from pipeline.session import uses_gpu
+from pipeline.tracking import deliver
 from pipeline.train_worker import train_worker
 
 
@@ -40,6 +41,7 @@ def train(config: Config, run_folder: UPath, packs: PreparedPacks) -> None:
         state = checkpoints.read_state(newest)
         checkpoints.check_resumable(state, train_packs.fingerprint, base)
         if state.step >= config.optimization.steps:
+            deliver(config, run_folder)  # what MLflow has missed
             return
     run_log = start_run_log(config, run_folder)
     keep_config(config, run_folder)
@@ -68,14 +70,17 @@ def train(config: Config, run_folder: UPath, packs: PreparedPacks) -> None:
         finished.set()
         progress.join()
         with suppress(RayActorError):  # without a log there is nothing to close
-            ray.get(run_log.close.remote(status))
+            undelivered = ray.get(run_log.close.remote(status))
+            if undelivered:
+                print(undelivered, flush=True)
 
 
-def _trainer(config: Config, run_folder: UPath, assignment: Assignment) -> TorchTrainer:
+def _trainer(config: Config, run_folder: UPath, assignment: Assignment) -> ElasticTrainer:
     workers, run_log = config.workers, assignment.run_log
     gpu = uses_gpu(config)
-    return TorchTrainer(
+    return ElasticTrainer(
         train_worker,
+        run_log=run_log,
         train_loop_config={"assignment": assignment},
         torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
         scaling_config=ScalingConfig(
@@ -89,7 +94,7 @@ def _trainer(config: Config, run_folder: UPath, assignment: Assignment) -> Torch
             name=f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}",
             storage_path=str(run_folder / "ray"),
             failure_config=FailureConfig(max_failures=workers.max_failures, max_preemption_failures=-1),
-            callbacks=[EndOnFinalError(run_log), TellDisturbances(run_log)],  # type: ignore[list-item]  # takes both
+            callbacks=[EndOnFinalError(run_log), TellDisturbances(run_log), NoticeOnSigterm(run_log)],  # type: ignore[list-item]  # takes internal ones too
         ),
     )
 
@@ -97,7 +102,7 @@ def _trainer(config: Config, run_folder: UPath, assignment: Assignment) -> Torch
 def start_run_log(config: Config, run_folder: UPath) -> Any:
     """The RunLog actor, without CPUs, on this node: it lives as long as the driver, and holds the run's lease.
 
-    ConfigError if another driver holds it, or MLflow cannot be used.
+    ConfigError if another driver holds it, or `tracking.uri` cannot be used.
     """
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     actor: Any = ray.remote(RunLog).options(num_cpus=0, scheduling_strategy=here)
@@ -111,15 +116,18 @@ def start_run_log(config: Config, run_folder: UPath) -> Any:
 
 
 def check_resources(config: Config) -> None:
-    """ConfigError if a worker asks for what no node of this Ray has; a cluster's autoscaler may bring one that does."""
+    """ConfigError if a worker asks for what no node of this Ray has, and no autoscaler can bring."""
     wanted = {"CPU": config.workers.cpus, **config.workers.resources, **({"GPU": 1} if uses_gpu(config) else {})}
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    bound = ray._private.state.state.get_max_resources_from_cluster_config()  # None without an autoscaler
     for name, amount in wanted.items():
         largest = max((node.get(name, 0) for node in nodes), default=0)
-        if largest < amount and not on_cluster():
+        if largest < amount and (bound is None or bound.get(name, 0) < amount):
+            reach = f"the largest node has {largest:g}" + (
+                f", the autoscaler's limit is {bound.get(name, 0):g}" if bound else ""
+            )
             raise ConfigError(
-                f"workers: each needs {amount:g} {name}, and the largest node has {largest:g}; "
-                "lower the request or add such a node"
+                f"workers: each needs {amount:g} {name}, and {reach}; lower the request or add such a node"
             )
 
 

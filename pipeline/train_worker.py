@@ -1,5 +1,7 @@
 """The entry point of a worker: runs the loop, and says of an error whether trying again can help."""
 
+import sys
+
 import ray
 import ray.train
 import torch
@@ -15,6 +17,8 @@ def train_worker(settings: dict[str, Assignment]) -> None:
     if ray.train.get_context().get_world_rank() == 0:
         assignment.run_log.happened.remote("workers", {})
     try:
+        # DeepSpeed's autotuner, which is not used, would import MLflow: seconds of every start of a worker.
+        sys.modules.setdefault("mlflow", None)  # type: ignore[arg-type]  # None makes the import fail, which it expects
         from pipeline.train_loop import train_loop  # DeepSpeed with it, for which the driver would wait in vain
 
         train_loop(assignment)

@@ -1,0 +1,181 @@
+"""A Ray cluster of processes on this machine, whose nodes come and go, and runs on it that are disturbed.
+
+Used by the benchmarks and the tests of elasticity. Node = raylet; a worker of a run takes the one `slot` of a node.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Self
+
+import psutil
+from ray._raylet import GcsClient
+from ray.cluster_utils import Cluster
+from ray.core.generated import autoscaler_pb2
+from upath import UPath
+
+from pipeline.config import REPOSITORY
+from pipeline.ledger import Event, StepRecord, read_ledger
+
+SLOT = {"slot": 1}
+WAIT_S = 300.0
+# On loopback, for the length of a test. Workers at the default niceness of 15 would wait for anything else here.
+ENVIRONMENT = {"RAY_AUTH_MODE": "disabled", "RAY_worker_niceness": "0"}
+
+
+class SpotCluster:
+    """A head that runs no workers, and nodes with room for one worker each. To be used in the main thread only."""
+
+    def __init__(self) -> None:
+        os.environ.update(ENVIRONMENT)
+        self.start_head()
+
+    def start_head(self) -> None:
+        self.nodes: list[Any] = []
+        self.cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+
+    @property
+    def address(self) -> str:
+        return self.cluster.address
+
+    def add(self) -> Any:
+        node = self.cluster.add_node(num_cpus=1, resources=SLOT)
+        self.nodes.append(node)
+        return node
+
+    def remove(self, node: Any) -> None:
+        """As a machine that is switched off: its raylet and its workers are killed."""
+        raylet = psutil.Process(raylet_pid(node))
+        victims = [raylet, *raylet.children(recursive=True)]
+        self.nodes.remove(node)
+        for process in victims:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        self.cluster.remove_node(node, allow_graceful=False)
+
+    def give_notice(self, node: Any, seconds: float) -> None:
+        """As a cloud that wants its machine back."""
+        reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+        deadline = int((time.time() + seconds) * 1000)
+        GcsClient(self.address).drain_node(node.node_id, reason, "spot", deadline)
+
+    def kill_head(self) -> None:
+        """As a head node that is switched off: the whole cluster ends, and a new one is started on the same machines."""
+        count = len(self.nodes)
+        for process in descendants("raylet", "gcs_server"):
+            process.kill()
+        self.shutdown()
+        self.start_head()
+        for _ in range(count):
+            self.add()
+
+    def shutdown(self) -> None:
+        self.cluster.shutdown()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.shutdown()
+
+
+class DisturbedRun:
+    """A run on a cluster (or on a Ray of its own), started by the command line as a user does, again and again."""
+
+    def __init__(self, config: Path, folder: UPath, address: str | None = None, **environment: str) -> None:
+        self.config, self.folder = config, folder
+        self.environment = {**environment, **({"RAY_ADDRESS": address} if address else {})}
+        self.output = Path(f"{config}.log")
+        self.driver: subprocess.Popen[bytes] | None = None
+
+    def start(self, *overrides: str) -> "subprocess.Popen[bytes]":
+        """The driver; what it prints is added to `output`."""
+        command = [sys.executable, str(REPOSITORY / "pipeline" / "main.py"), "train", "--config", str(self.config)]
+        with self.output.open("ab") as output:
+            self.driver = subprocess.Popen(
+                [*command, *overrides],
+                env={**os.environ, **self.environment},
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        return self.driver
+
+    def kill_driver(self) -> None:
+        assert self.driver is not None
+        self.driver.kill()
+        self.driver.wait()
+
+    def finish(self, timeout_s: float = WAIT_S) -> None:
+        """Waits for the driver's end; RuntimeError, with what it printed, if it failed."""
+        assert self.driver is not None
+        if self.driver.wait(timeout=timeout_s):
+            raise RuntimeError(f"the driver ended with {self.driver.returncode}: {self.tail()}")
+
+    def wait_for(self, what: str, condition: Callable[[], bool], timeout_s: float = WAIT_S) -> None:
+        """Returns once `condition` holds; RuntimeError if the driver ends before or it takes too long."""
+        until = time.monotonic() + timeout_s
+        while not condition():
+            if self.driver is None or self.driver.poll() is not None:
+                raise RuntimeError(f"waiting for {what}, the driver ended: {self.tail()}")
+            if time.monotonic() > until:
+                raise RuntimeError(f"{what}: not in {timeout_s:.0f} s; {self.tail()}")
+            time.sleep(0.05)
+
+    def tail(self) -> str:
+        return self.output.read_text(errors="replace")[-2000:] if self.output.exists() else ""
+
+    def lines(self) -> list[StepRecord | Event]:
+        return [line for _, line in read_ledger(self.folder)]
+
+    def events(self, name: str) -> list[Event]:
+        return [line for line in self.lines() if isinstance(line, Event) and line.event == name]
+
+    def steps_since_start(self) -> tuple[int, int]:
+        """(workers, steps that they have trained since they started); (0, 0) if none are in training."""
+        workers, steps = 0, 0
+        for line in self.lines():
+            if isinstance(line, StepRecord):
+                steps += 1
+            elif line.event == "start":
+                workers, steps = line.details["world_size"], 0
+            elif line.event in ("failure", "resize", "driver"):
+                workers, steps = 0, 0
+        return workers, steps
+
+    def trains(self, workers: int, steps: int = 1) -> bool:
+        """Whether so many workers are in training, and have trained so many steps since they started."""
+        now, trained = self.steps_since_start()
+        return now == workers and trained >= steps
+
+
+def workers_of(root: int | None = None) -> list[psutil.Process]:
+    """The processes of training workers below process `root` (this one by default)."""
+    return descendants("ray::RayTrainWorker", root=root)
+
+
+def descendants(*names: str, root: int | None = None) -> list[psutil.Process]:
+    """Processes below `root` (this one by default) whose command starts with one of these names."""
+    found = []
+    for process in psutil.Process(root).children(recursive=True):
+        with suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
+            command = process.cmdline()
+            if command and Path(command[0]).name.startswith(tuple(names)):
+                found.append(process)
+    return found
+
+
+def raylet_pid(node: Any) -> int:
+    [info] = node.all_processes["raylet"]
+    return info.process.pid
+
+
+def send(processes: Sequence[psutil.Process], which: signal.Signals) -> None:
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.send_signal(which)
