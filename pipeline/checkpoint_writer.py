@@ -107,12 +107,12 @@ class CheckpointWriter:
             files |= rank_files
         whole = joined((ray.get(offered) for _, [offered] in offers), self._shapes)
         files |= checkpoints.write_network(folder, self.network, whole, state)
-        ray.get(self.run_log.sync.remote())
+        ray.get(self.run_log.sync.remote(state.attempt))
         checkpoints.commit(folder, files)
         written, seconds = sum(int(entry["size"]) for entry in files.values()), time.perf_counter() - start
         # The workers wait for a checkpoint that was asked for.
         details = {"seconds": blocked + (seconds if request else 0.0), "write_seconds": seconds, "bytes": written}
-        ray.get(self.run_log.checkpointed.remote(state.step, request, details))
+        ray.get(self.run_log.checkpointed.remote(save, request, details))
         checkpoints.retain(self.run_folder, self.settings.keep_last, self.settings.keep_best)
 
     def _offers(self, save: tuple[int, int]) -> list[tuple[Files, list[Any]]]:

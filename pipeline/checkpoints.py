@@ -142,6 +142,8 @@ def damage(folder: UPath) -> str:
     try:
         manifest = read_json(folder / MANIFEST)
         if manifest["format"] != FORMAT:
+            if read_json(folder / "state.json")["format"] == FORMAT:
+                return f"{MANIFEST} differs from state.json"
             return f"{OTHER_VERSION} {manifest['format']}, this version reads {FORMAT}"
         for name, expected in manifest["files"].items():
             data = (folder / name).read_bytes()
@@ -176,10 +178,14 @@ def read_parameters(folder: UPath, network: PeftModel | PreTrainedModel) -> dict
 
 
 def retain(run_folder: UPath, keep_last: int, keep_best: int) -> list[int]:
-    """Deletes all but the newest `keep_last` and the `keep_best` of lowest eval/loss; returns the deleted steps."""
-    present = steps(run_folder)
-    folders = {step: step_folder(run_folder, step) for step in present}
-    losses = {step: read_state(folder).eval_loss for step, folder in folders.items()}
+    """Deletes all but the newest `keep_last` and the `keep_best` of lowest eval/loss; returns the deleted steps.
+
+    Folders that lack files count for nothing and stay, for `discard_uncommitted`: a stale writer's manifest, committed
+    after its files were discarded, must not push out a checkpoint.
+    """
+    folders = {step: step_folder(run_folder, step) for step in steps(run_folder)}
+    present = [step for step, folder in folders.items() if _is_complete(folder)]
+    losses = {step: read_state(folders[step]).eval_loss for step in present}
     scored = sorted((loss, step) for step, loss in losses.items() if loss is not None)
     kept = set(present[-keep_last:]) | {step for _, step in scored[:keep_best]}
     dropped = [step for step in present if step not in kept]
@@ -235,6 +241,15 @@ def _write(folder: UPath, files: dict[str, bytes]) -> Files:
         if not create_once(folder / name, data):  # a stale writer must not touch what another has committed
             raise RuntimeError(f"{folder / name}: was written by another writer")
     return {name: {"size": len(data), "sha256": sha256(data).hexdigest()} for name, data in files.items()}
+
+
+def _is_complete(folder: UPath) -> bool:
+    """Whether every file that the manifest lists is there in its size; what is in them is not read."""
+    try:
+        files = read_json(folder / MANIFEST)["files"]
+        return all((folder / name).stat().st_size == expected["size"] for name, expected in files.items())
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def _remove(folder: UPath) -> None:

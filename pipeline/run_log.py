@@ -60,10 +60,11 @@ class RunLog:
         self._answered = 0
         self._failed_with: tuple[str, int] = ("", -1)
         self._newest_checkpoint = -1
+        self._may_commit = 0
 
     def start_attempt(self, world_size: int, step: int, details: dict[str, Any]) -> int:
         """A worker group has started and goes on from `step`; returns the attempt's number."""
-        attempt = self.ledger.start_attempt()
+        attempt = self._may_commit = self.ledger.start_attempt()
         for event in self._before_the_first_attempt:
             self.ledger.write(event)
         self._before_the_first_attempt.clear()
@@ -104,8 +105,13 @@ class RunLog:
         self.ledger.write(Event("evaluation", step, details={"loss": loss, "tokens": tokens, "seconds": seconds}))
         self.tracker.metrics({"eval/loss": loss}, step=step, tokens=step * self._tokens_per_step)
 
-    def checkpointed(self, step: int, request: int, details: dict[str, Any]) -> None:
-        """A checkpoint of the state after `step` steps is committed, an answer to the request of that number."""
+    def checkpointed(self, save: tuple[int, int], request: int, details: dict[str, Any]) -> None:
+        """A save, (attempt, step), is committed, an answer to the request of that number.
+
+        RuntimeError if it was stale by then: it may be a mixture, and must not push out older checkpoints.
+        """
+        attempt, step = save
+        self._check_current(attempt)
         self._answered = max(self._answered, request)
         # A rank may have offered its part of the next save already.
         self._offers = {save: parts for save, parts in self._offers.items() if save[1] > step}
@@ -144,7 +150,9 @@ class RunLog:
             self.status_now.phase = "ending"
 
     def happened(self, event: str, details: dict[str, Any]) -> None:
-        """A disturbance, as the controller sees it."""
+        """A disturbance, as the controller sees it, or new workers that are about to start."""
+        if event == "workers":
+            self._may_commit = 0
         if event == "failure":
             self.status_now.phase = "recovering"
         self.event(event, self.status_now.step, details)
@@ -167,9 +175,13 @@ class RunLog:
         else:
             self._before_the_first_attempt.append(line)
 
-    def sync(self) -> None:
-        """Returns when the ledger is on disk. RuntimeError if another driver has the run: nothing more is committed."""
+    def sync(self, attempt: int) -> None:
+        """Returns when the ledger is on disk, and that attempt may commit.
+
+        RuntimeError if another driver has the run, or newer workers: nothing more is committed.
+        """
         self.lease.check()
+        self._check_current(attempt)
         self.ledger.sync()
 
     def fail(self, error: str) -> None:
@@ -188,6 +200,10 @@ class RunLog:
             self.tracker.close(status)
         finally:
             self.lease.release()
+
+    def _check_current(self, attempt: int) -> None:
+        if attempt != self._may_commit:
+            raise RuntimeError(f"the workers of attempt {attempt} have been replaced")
 
     def _lease_lost(self) -> None:
         self.fail("another driver has taken over this run")

@@ -3,7 +3,7 @@
 import errno
 import json
 import os
-import threading
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -84,7 +84,8 @@ def create_once(path: UPath, data: bytes) -> bool:
 @contextmanager
 def _on_disk(path: UPath, data: bytes) -> Iterator[str]:
     """A temporary file beside a local `path`, with all of `data` on disk; afterwards it is gone, or renamed."""
-    temporary = f"{path}.tmp-{os.getpid()}-{threading.get_ident()}"
+    # Never a name that was used: a killed writer may leave its temporary file as a second name of what it wrote.
+    temporary = f"{path}.tmp-{uuid.uuid4().hex}"
     try:
         with open(temporary, "wb") as file:
             file.write(data)

@@ -192,7 +192,7 @@ class Worker:
         self.writer.wait()
         self.feed.close()
         if self.rank == 0:
-            ray.get(self.assignment.run_log.sync.remote())
+            ray.get(self.assignment.run_log.sync.remote(self.attempt))
 
     def _validation_rows(self) -> list[MicroBatch]:
         """This rank's share of the first `evaluation.rows` held-out sequences, a row at a time."""

@@ -42,12 +42,12 @@ class Log:
         with self.lock:
             return dict(self.parts)
 
-    def do_sync(self) -> None:
+    def do_sync(self, attempt: int) -> None:
         pass
 
-    def do_checkpointed(self, step: int, request: int, details: dict[str, Any]) -> None:
+    def do_checkpointed(self, save: tuple[int, int], request: int, details: dict[str, Any]) -> None:
         self.parts = {}
-        self.told.append((step, request))
+        self.told.append((save[1], request))
 
 
 @pytest.fixture(autouse=True)

@@ -124,6 +124,7 @@ def test_a_missing_file_and_a_foreign_manifest_are_damage(tmp_path: Any, network
     (folder / "config.json").unlink()
     assert "config.json" in checkpoints.damage(folder)
     (folder / "manifest.json").write_text(json.dumps({"format": 99, "files": {}}))
+    (folder / "state.json").write_text(json.dumps({"format": 99}))
     with pytest.raises(ConfigError, match="format 99, this version reads 2; go on with the version that wrote it"):
         checkpoints.newest(run)
     assert checkpoints.discard_uncommitted(run) == [], "what another version wrote is not ours to delete"

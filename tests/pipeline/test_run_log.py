@@ -110,9 +110,9 @@ def test_a_checkpoint_is_asked_for_and_answered(values: dict[str, Any], tmp_path
     assert log.request().number == 0
     asked = log.ask_for_checkpoint(hold=True)
     assert (log.request().number, log.request().hold) == (asked, True)
-    log.checkpointed(3, 0, {"seconds": 0.5})  # one that was due anyway, before the workers heard of the request
+    log.checkpointed((1, 3), 0, {"seconds": 0.5})  # one that was due anyway, before the workers heard of the request
     assert not log.has_checkpointed(asked)
-    log.checkpointed(4, asked, {"seconds": 0.5})
+    log.checkpointed((1, 4), asked, {"seconds": 0.5})
     assert log.has_checkpointed(asked) and log.request().number == 0
     log.close("FINISHED")
 
@@ -132,7 +132,7 @@ def test_the_same_error_twice_without_a_checkpoint_ends_the_run(values: dict[str
     log = RunLog(values, str(tmp_path / "logged"), os.getpid())
     log.start_attempt(2, 0, STARTED)
     assert log.final_error("KeyError: 'x'") == ""
-    log.checkpointed(5, 0, {})
+    log.checkpointed((1, 5), 0, {})
     assert log.final_error("KeyError: 'x'") == "", "there was progress"
     assert log.final_error("") == "", "a worker that died says nothing about our code"
     assert log.final_error("KeyError: 'x'") == ""
@@ -156,7 +156,7 @@ def test_what_a_fast_rank_offers_for_the_next_save_is_kept(values: dict[str, Any
     log.offer((1, 5), 0, {}, [])
     log.offer((1, 5), 1, {}, [])
     log.offer((1, 6), 1, {}, [])
-    log.checkpointed(5, 0, {})
+    log.checkpointed((1, 5), 0, {})
     assert (log.offers((1, 5)), list(log.offers((1, 6)))) == ({}, [1])
     log.start_attempt(2, 5, STARTED)
     assert log.offers((1, 6)) == {}, "of workers that are gone"
@@ -171,4 +171,18 @@ def test_nobody_is_asked_once_a_worker_has_ended(values: dict[str, Any], tmp_pat
     assert not log.has_checkpointed(asked)
     log.workers_ended(1)
     assert log.has_checkpointed(asked) and log.ask_for_checkpoint() == 0
+    log.close("FINISHED")
+
+
+def test_workers_that_were_replaced_commit_nothing(values: dict[str, Any], tmp_path: Path) -> None:
+    log = RunLog(values, str(tmp_path / "logged"), os.getpid())
+    log.start_attempt(2, 0, STARTED)
+    log.sync(1)
+    log.happened("workers", {})  # which will read the newest checkpoint, so it must not change any more
+    with pytest.raises(RuntimeError, match="the workers of attempt 1 have been replaced"):
+        log.sync(1)
+    log.start_attempt(2, 5, STARTED)
+    log.sync(2)
+    with pytest.raises(RuntimeError, match="attempt 1"):
+        log.checkpointed((1, 6), 0, {"write_seconds": 1.0})
     log.close("FINISHED")
