@@ -1,14 +1,21 @@
 """Packs into micro-batches: targets, positions, hashes, read-ahead."""
 
 import threading
+from collections import Counter
+from functools import cache
+from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
 
 from pipeline.feed import NO_TARGET, Feed, collate
+from pipeline.ledger import token_hash
 from pipeline.order import positions_of_step, sequences_at
 from pipeline.packs import Row, row_hash
+
+SEED, COUNT = 3, 50
+CHAIN, STEPS = (4, 3, 1, 2, 8), 9  # of 12 sequences: the fifth goes over the end of the epoch
 
 
 class MemoryPacks:
@@ -74,21 +81,62 @@ def test_hashes_come_from_the_tensors() -> None:
     assert batch.hashes()[0] != right[0] and batch.hashes()[1] == right[1]
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 5, 8])
-@pytest.mark.parametrize("micro_batch", [1, 4])
-def test_all_workers_together_feed_the_step(world_size: int, micro_batch: int) -> None:
-    packs = MemoryPacks(50)
-    feeds = [Feed(packs, 3, 12, micro_batch, world_size, rank) for rank in range(world_size)]
-    for step in (0, 1, 4):
-        batches = [batch for feed in feeds for batch in feed.step(step)]
-        positions = positions_of_step(step, 12)
-        assert [p for batch in batches for p in batch.positions] == list(positions)
-        assert [s for batch in batches for s in batch.sequences] == sequences_at(positions, 3, 50)
-        assert all(len(batch.rows) <= micro_batch for batch in batches)
-        ids = torch.cat([batch.input_ids[0] for batch in batches])
-        assert ids.tolist() == np.concatenate([packs.row(s).input_ids for s in sequences_at(positions, 3, 50)]).tolist()
+def trained(world_size: int, steps: range, batch: int, micro_batch: int) -> list[tuple[list[int], str]]:
+    """What workers that start together feed in these steps: (sequences, token hash) of each, as the ledger has them."""
+    packs = MemoryPacks(COUNT)
+    feeds = [Feed(packs, SEED, batch, micro_batch, world_size, rank) for rank in range(world_size)]
+    result = []
+    for step in steps:
+        batches = [one for feed in feeds for one in feed.step(step)]
+        assert [p for one in batches for p in one.positions] == list(positions_of_step(step, batch))
+        assert all(1 <= len(one.rows) <= micro_batch for one in batches)
+        hashes = [value for one in batches for value in one.hashes()]
+        result.append(([s for one in batches for s in one.sequences], token_hash(hashes)))
     for feed in feeds:
         feed.close()
+    return result
+
+
+@cache
+def expected(steps: range, batch: int) -> list[tuple[list[int], str]]:
+    """The same from the order and the packs alone."""
+    packs = MemoryPacks(COUNT)
+    sequences = [sequences_at(positions_of_step(step, batch), SEED, COUNT) for step in steps]
+    rows = [[packs.row(sequence) for sequence in step] for step in sequences]
+    hashes = [[row_hash(row.input_ids, row.document_lengths) for row in step] for step in rows]
+    return list(zip(sequences, map(token_hash, hashes), strict=True))
+
+
+@pytest.mark.parametrize("world_size", range(1, 9))
+@pytest.mark.parametrize("global_batch", [8, 12, 60])
+@pytest.mark.parametrize("micro_batch", [1, 3])
+def test_any_number_of_workers_feeds_the_same_step(world_size: int, global_batch: int, micro_batch: int) -> None:
+    """Steps that end an epoch of 50 sequences inside them too, and one (60) that is longer than an epoch."""
+    steps = range(50 * 12 // global_batch)  # 12 epochs
+    fed = trained(world_size, steps, global_batch, micro_batch)
+    assert fed == expected(steps, global_batch)
+    assert Counter(s for sequences, _ in fed for s in sequences) == dict.fromkeys(range(COUNT), 12)
+
+
+@pytest.mark.parametrize("micro_batch", [1, 3])
+@pytest.mark.parametrize("cut", range(STEPS + 1))
+def test_a_chain_of_world_sizes_feeds_what_one_run_would(cut: int, micro_batch: int) -> None:
+    """4 → 3 → 1 → 2 → 8 workers; each starts anew, the first ones at this step, the others one step later each."""
+    bounds = [0, *(min(cut + later, STEPS) for later in range(len(CHAIN) - 1)), STEPS]
+    fed = [
+        step
+        for world_size, (begin, end) in zip(CHAIN, pairwise(bounds), strict=True)
+        for step in trained(world_size, range(begin, end), 12, micro_batch)
+    ]
+    assert fed == expected(range(STEPS), 12)
+
+
+def test_steps_that_are_redone_feed_the_same_again() -> None:
+    """Killed after each step, and gone back to every step before it, with another number of workers."""
+    whole = expected(range(STEPS), 12)
+    for killed_after in range(1, STEPS):
+        for begin in range(killed_after):
+            assert trained(3, range(begin, killed_after), 12, 3) == whole[begin:killed_after]
 
 
 def test_a_worker_without_a_share_gets_nothing() -> None:
