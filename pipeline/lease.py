@@ -19,7 +19,7 @@ from typing import Any
 from upath import UPath
 
 from pipeline.config import ConfigError
-from pipeline.storage import create_once, is_local, json_bytes, read_json, write_json
+from pipeline.storage import create_once, json_bytes, read_json, write_json
 
 BEAT_S = 5.0
 EXPIRY_S = 30.0
@@ -63,7 +63,6 @@ class Lease:
     def __init__(self, run_folder: UPath, holder: Holder, lost: Callable[[], None] = lambda: None) -> None:
         """Takes the lease, waiting for a dead holder's to expire. ConfigError, naming the holder, if it is alive."""
         self._folder = run_folder / "lease"
-        self._folder.mkdir(parents=True, exist_ok=True)
         self._lost = lost
         term = _highest(self._folder)
         if term:
@@ -133,23 +132,15 @@ def _wait_until_free(folder: UPath, term: int) -> None:
 
 
 def _beat_of(folder: UPath, term: int) -> dict[str, Any]:
-    _forget_listings(folder)
     with suppress(FileNotFoundError):
         return read_json(folder / f"{term}.beat")
     return {}
 
 
 def _highest(folder: UPath) -> int:
-    _forget_listings(folder)
-    with suppress(FileNotFoundError, NotADirectoryError):  # object stores have no empty folders
+    with suppress(FileNotFoundError, NotADirectoryError):  # before the first term there is no folder
         return max((int(path.stem) for path in folder.iterdir() if path.name.endswith(".json")), default=0)
     return 0
-
-
-def _forget_listings(folder: UPath) -> None:
-    """Object stores' listings are kept in memory, and another driver writes here."""
-    if not is_local(folder):
-        folder.fs.invalidate_cache(folder.path)
 
 
 def _start_of(pid: int) -> str:

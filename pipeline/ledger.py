@@ -9,6 +9,7 @@ import json
 import os
 import re
 import time
+import uuid
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -17,7 +18,7 @@ from typing import Any
 
 from upath import UPath
 
-from pipeline.storage import create_once, is_local
+from pipeline.storage import create_once, is_local, make_folder
 
 ATTEMPT_FILE = re.compile(r"attempt-(\d+)(?:-part-(\d+))?\.jsonl")
 
@@ -51,7 +52,7 @@ class StepRecord:
 
 @dataclass(frozen=True)
 class Event:
-    """Something that happened to the run: start, restore, checkpoint, evaluation, end, error …"""
+    """Something that happened to the run: driver, workers, start, checkpoint, evaluation, failure, error, end …"""
 
     event: str
     step: int
@@ -69,7 +70,7 @@ class LedgerWriter:
 
     def __init__(self, run_folder: UPath) -> None:
         self.folder = run_folder / "ledger"
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         self.attempt = max(_files(self.folder), default=0)
         self._file: _LocalFile | _Parts | None = None
 
@@ -119,14 +120,17 @@ class _Parts:
 
     def __init__(self, folder: UPath, attempt: int) -> None:
         self._folder, self._attempt, self._part = folder, attempt, 0
+        self._writer = uuid.uuid4().hex
         self._lines: list[str] = []
+        self._sent = 0
+        """Lines of the part that is being put; after an error it may have arrived, so it is put again as it was."""
         self._put()  # empty: the number of the attempt is taken
 
     def write(self, line: str) -> None:
         self._lines.append(line)
 
     def sync(self) -> None:
-        if self._lines:
+        while self._lines:
             self._put()
 
     def close(self) -> None:
@@ -134,10 +138,11 @@ class _Parts:
 
     def _put(self) -> None:
         path = self._folder / f"attempt-{self._attempt}-part-{self._part}.jsonl"
-        if not create_once(path, "".join(self._lines).encode()):
+        self._sent = self._sent or len(self._lines)
+        if not create_once(path, "".join(self._lines[: self._sent]).encode(), writer=self._writer):
             raise RuntimeError(f"{path}: was written by another driver")
-        self._part += 1
-        self._lines.clear()
+        del self._lines[: self._sent]
+        self._part, self._sent = self._part + 1, 0
 
 
 def read_ledger(run_folder: UPath) -> Iterator[tuple[int, StepRecord | Event]]:

@@ -62,16 +62,16 @@ def main(arguments: list[str] | None = None) -> int:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except OSError as error:
-        from pipeline.storage import full_disk
-
-        if not full_disk(error):
-            raise
-        print(f"error: {full_disk(error)}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
+    except Exception as error:
+        from pipeline.storage import storage_error
+
+        if not storage_error(error):
+            raise
+        print(f"error: {storage_error(error)}", file=sys.stderr)
+        return 2
     return 0
 
 

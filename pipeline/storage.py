@@ -3,29 +3,44 @@
 import errno
 import json
 import os
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
+import fsspec
 from upath import UPath
 
 from pipeline.config import Config, ConfigError
 
+# What fsspec connects with, in every process that imports this file. Listings are not kept: workers, other drivers
+# and other machines write as well. A store that refuses connections or asks to slow down is tried for about a minute
+# (ten attempts, with longer and longer waits), and one that takes a request waits 20 s for its answer each time.
+RETRIES = {"connect_timeout": 10, "read_timeout": 20, "retries": {"mode": "standard", "max_attempts": 10}}
+fsspec.config.conf["s3"] = {"config_kwargs": RETRIES, **fsspec.config.conf.get("s3", {}), "use_listings_cache": False}
+fsspec.config.conf["gs"] = {**fsspec.config.conf.get("gs", {}), "use_listings_cache": False}
+
+METADATA = {"s3": "Metadata", "s3a": "Metadata", "gs": "metadata", "gcs": "metadata"}
+"""What each file system calls an object's metadata when it writes one."""
+CONFLICT_WAIT_S = 0.2
+
 
 def storage_root(config: Config) -> UPath:
-    """`run.storage` as an absolute path; ConfigError if it cannot be written."""
+    """`run.storage` as an absolute path; ConfigError if it cannot be written, listed or committed to."""
     text = config.run.storage
     root = UPath(text) if "://" in text else UPath(os.path.abspath(os.path.expanduser(text)))
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        probe = root / f".probe-{os.getpid()}"
-        write_atomic(probe, b"longlora")
-        if probe.read_bytes() != b"longlora":
-            raise OSError("what was written does not read back")
+        probe = root / f".probe-{uuid.uuid4().hex}"
+        first, second = create_once(probe, b"longlora"), create_once(probe, b"again")
+        found = probe.read_bytes() if probe in root.iterdir() else b""
         probe.unlink()
-    except (OSError, ImportError, ValueError) as error:
-        reason = " ".join(str(error).split())
+        if not first or second:
+            raise OSError("an object that exists is written again: commits need conditional writes")
+        if found != b"longlora":
+            raise OSError("what was written does not read back")
+    except Exception as error:  # each kind of storage has errors of its own
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise ConfigError(
             f"run.storage = {text!r}: cannot be written ({reason}); give a writable folder or URI"
         ) from None
@@ -37,11 +52,15 @@ def run_folder(config: Config) -> UPath:
     return storage_root(config) / config.run.name
 
 
-def full_disk(error: BaseException) -> str:
-    """One line for an error that says that storage takes no more; empty for any other."""
+def storage_error(error: BaseException) -> str:
+    """One line for an error of the run's storage that has outlasted all retries; empty for any other error."""
+    text = " ".join(str(error).split())
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-        text = " ".join(str(error).split())
         return f"run.storage cannot be written: {text}; make room, the run goes on from its last checkpoint"
+    answer = _answer(error)
+    refused = answer.get("HTTPStatusCode", 200) >= 300 and answer["Code"] not in ("404", "NoSuchKey")
+    if refused or type(error).__module__.startswith("botocore."):
+        return f"run.storage cannot be used: {text}; when it can be, the run goes on from its last checkpoint"
     return ""
 
 
@@ -49,31 +68,38 @@ def is_local(path: UPath) -> bool:
     return getattr(path, "protocol", "") in ("", "file", "local")
 
 
+def make_folder(folder: UPath) -> None:
+    """A local folder, with those above it. Object stores have none, and a bucket is not ours to create."""
+    if is_local(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+
+
 def write_atomic(path: UPath, data: bytes) -> None:
     """All of `data` at `path`, durably, or nothing: a reader never sees a part of it.
 
     Local: temporary file, fsync, rename, fsync of the folder. Object stores: a put is atomic already.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     if not is_local(path):
-        path.write_bytes(data)
+        path.fs.pipe_file(path.path, data)
         return
+    make_folder(path.parent)
     with _on_disk(path, data) as temporary:
         os.replace(temporary, str(path))
     sync_folder(path.parent)
 
 
-def create_once(path: UPath, data: bytes) -> bool:
-    """All of `data` at a path where nothing was, durably; False if there was something. One of several writers wins."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+def create_once(path: UPath, *data: bytes | memoryview, writer: str = "") -> bool:
+    """All of `data`, one part after the other, at a path where nothing was, durably; False if there was something.
+
+    One of several writers wins. Object stores: one put (the last request of a multipart upload) on condition that there
+    is no such object. A writer that gives its name may try again after an error: if its first put has arrived after
+    all, it is told True.
+    """
     if not is_local(path):
-        try:
-            path.fs.pipe_file(path.path, data, mode="create")  # a put on condition that there is no such object
-        except FileExistsError:
-            return False
-        return True
+        return _put_once(path, b"".join(data), writer or uuid.uuid4().hex)
+    make_folder(path.parent)
     try:
-        with _on_disk(path, data) as temporary:
+        with _on_disk(path, *data) as temporary:
             os.link(temporary, str(path))
     except FileExistsError:
         return False
@@ -81,14 +107,42 @@ def create_once(path: UPath, data: bytes) -> bool:
     return True
 
 
+def _put_once(path: UPath, data: bytes, writer: str) -> bool:
+    named = {METADATA[path.protocol]: {"writer": writer}} if path.protocol in METADATA else {}
+    while True:
+        try:
+            path.fs.pipe_file(path.path, data, mode="create", **named)
+            return True
+        except OSError as error:
+            answer = _answer(error)
+            if answer.get("Code") == "ConditionalRequestConflict":  # two at once, and S3 has not chosen yet
+                time.sleep(CONFLICT_WAIT_S)
+                continue
+            refused = isinstance(error, FileExistsError) or answer.get("HTTPStatusCode") == 412
+            if not refused and answer.get("Code") != "NoSuchUpload":
+                raise
+            # A request whose answer was lost is sent again and meets its own object: the metadata say whose it is.
+            if named and path.exists() and path.fs.getxattr(path.path, "writer") == writer:
+                return True
+            if refused:
+                return False
+            raise
+
+
+def _answer(error: BaseException) -> dict[str, Any]:
+    """HTTPStatusCode, Code and more of an object store's answer that an error comes from; empty for other errors."""
+    response = getattr(error, "response", None) or getattr(error.__cause__, "response", None) or {}
+    return {**response.get("ResponseMetadata", {}), **response.get("Error", {})} if "Error" in response else {}
+
+
 @contextmanager
-def _on_disk(path: UPath, data: bytes) -> Iterator[str]:
+def _on_disk(path: UPath, *data: bytes | memoryview) -> Iterator[str]:
     """A temporary file beside a local `path`, with all of `data` on disk; afterwards it is gone, or renamed."""
     # Never a name that was used: a killed writer may leave its temporary file as a second name of what it wrote.
     temporary = f"{path}.tmp-{uuid.uuid4().hex}"
     try:
         with open(temporary, "wb") as file:
-            file.write(data)
+            file.writelines(data)
             file.flush()
             os.fsync(file.fileno())
         yield temporary

@@ -8,7 +8,7 @@ import torch
 
 from pipeline.assignment import Assignment, FinalError
 from pipeline.config import ConfigError
-from pipeline.storage import full_disk
+from pipeline.storage import storage_error
 
 
 def train_worker(settings: dict[str, Assignment]) -> None:
@@ -37,8 +37,8 @@ def final_reason(error: Exception) -> str:
             f"out of GPU memory: {text[:160]}; lower optimization.micro_batch or context.length, "
             "or set model.gradient_checkpointing: true"
         )
-    if full_disk(error):
-        return full_disk(error)
+    if storage_error(error):
+        return storage_error(error)
     if isinstance(error, FinalError | ConfigError | ValueError):
         return text
     return ""
