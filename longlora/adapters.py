@@ -1,12 +1,12 @@
 """What is trained: LoRA with embeddings and norms (the paper's LoRA⁺), or every weight; and its parameter groups."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, cast
 
 from peft import LoraConfig, PeftModel, get_peft_model
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 GROUPS = ("lora_a", "lora_b", "embeddings", "norms", "weights")
@@ -139,21 +139,21 @@ def peft_key(parameter_name: str) -> str:
     return key
 
 
-def adapter_state(named: Mapping[str, Tensor], network: PeftModel) -> dict[str, Tensor]:
-    """Tensors by names of `network`'s parameters → the content of `adapter_model.safetensors`.
+def adapter_keys(names: Iterable[str], network: PeftModel) -> dict[str, str]:
+    """Keys of `adapter_model.safetensors` → names of `network`'s parameters that are saved under them.
 
     Tied embeddings come under both of their names: PeftModel.from_pretrained demands it.
     """
-    state = {peft_key(name): tensor for name, tensor in named.items()}
+    names_by_key = {peft_key(name): name for name in names}
     model = cast(PreTrainedModel, network.get_base_model())
     if _is_tied(model):
         source, second = (
             f"base_model.model.{_name_of(model, module)}.weight"
             for module in (model.get_input_embeddings(), model.get_output_embeddings())
         )
-        if source in state:
-            state[second] = state[source].clone()  # safetensors refuses tensors that share memory
-    return state
+        if source in names_by_key:
+            names_by_key[second] = names_by_key[source]
+    return names_by_key
 
 
 def _name_of(model: nn.Module, module: nn.Module) -> str:

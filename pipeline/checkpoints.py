@@ -14,12 +14,16 @@ or with a file that differs from what it lists, is no checkpoint and is never re
 import re
 import tempfile
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from hashlib import sha256
-from itertools import accumulate
+from hashlib import file_digest, sha256
+from itertools import compress
 from pathlib import Path
 from typing import cast
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from peft import PeftModel
 from safetensors import torch as safetensors
@@ -27,10 +31,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from upath import UPath
 
-from longlora.adapters import adapter_state, peft_key
+from longlora.adapters import adapter_keys, peft_key
 from pipeline.config import ConfigError
 from pipeline.optimizer import MOMENTS, Fragment, ParameterState
-from pipeline.storage import create_once, json_bytes, read_json, remove_tree
+from pipeline.storage import create_once, is_local, json_bytes, read_json, remove_tree
+from pipeline.tensor_file import FloatTensor, in_order, tensor_file
 
 MANIFEST = "manifest.json"
 Files = dict[str, dict[str, int | str]]
@@ -66,7 +71,8 @@ def save(
         remove_tree(folder)
     fragments = {name: Fragment(0, _flat(whole)) for name, whole in parameters.items()}
     files = write_fragments(folder, network, fragments, rank=0, world_size=1)
-    files |= write_network(folder, network, {name: whole.master for name, whole in parameters.items()}, state)
+    masters = {name: [fragment.state.master.numpy()] for name, fragment in fragments.items()}
+    files |= write_network(folder, network, masters, state)
     commit(folder, files)
     return folder
 
@@ -81,18 +87,32 @@ def write_fragments(
     """Writes one rank's pieces of the moments; returns the manifest's entry of the file."""
     key = peft_key if isinstance(network, PeftModel) else str
     pieces = {
-        f"{key(name)}/{moment}/{fragment.start}": getattr(fragment.state, moment)
+        f"{key(name)}/{moment}/{fragment.start}": _flat_tensor(getattr(fragment.state, moment))
         for name, fragment in fragments.items()
         for moment in MOMENTS
     }
-    return _write(folder, {f"optimizer-{rank + 1}-of-{world_size}.safetensors": safetensors.save(pieces)})
+    return _write(folder, f"optimizer-{rank + 1}-of-{world_size}.safetensors", *tensor_file(pieces))
 
 
 def write_network(
-    folder: UPath, network: PeftModel | PreTrainedModel, masters: dict[str, Tensor], state: RunState
+    folder: UPath,
+    network: PeftModel | PreTrainedModel,
+    masters: Mapping[str, Sequence[npt.NDArray[np.float32]]],
+    state: RunState,
 ) -> Files:
-    """Writes the weights, the configs and state.json; returns the manifest's entries."""
-    return _write(folder, {**_network_files(network, masters), "state.json": json_bytes(asdict(state))})
+    """Writes the weights, given in flat pieces, the configs and state.json; returns the manifest's entries."""
+    shapes = {name: tensor_shape(parameter) for name, parameter in network.named_parameters()}
+    weights = {name: FloatTensor(shapes[name], pieces) for name, pieces in masters.items()}
+    if isinstance(network, PeftModel):
+        config = cast(PreTrainedModel, network.get_base_model()).config
+        adapter = {key: weights[name] for key, name in adapter_keys(weights, network).items()}
+        files = _write(folder, "adapter_model.safetensors", *tensor_file(adapter))
+        files |= _write(folder, "adapter_config.json", _adapter_config(network))
+    else:
+        config = network.config
+        files = _write(folder, "model.safetensors", *tensor_file(weights))
+    files |= _write(folder, "config.json", config.to_json_string().encode())
+    return files | _write(folder, "state.json", json_bytes(asdict(state)))
 
 
 def commit(folder: UPath, files: Files) -> None:
@@ -101,15 +121,17 @@ def commit(folder: UPath, files: Files) -> None:
         raise RuntimeError(f"{folder}: was committed by another writer")
 
 
-def discard_uncommitted(run_folder: UPath) -> list[int]:
+def discard_uncommitted(run_folder: UPath, restored: UPath | None = None) -> list[int]:
     """Deletes what interrupted saves left behind, and damaged checkpoints; returns their steps.
 
     Called by one rank before training goes on, when nobody writes: their steps will be saved again.
+    restored: what `newest` has given; of it and of older ones only the sizes of the files are looked at.
     """
     folder = run_folder / "checkpoints"
     found = [STEP_FOLDER.search(path.name) for path in folder.iterdir()] if folder.exists() else []
     present = [int(match[1]) for match in found if match]
-    reasons = {step: damage(step_folder(run_folder, step)) for step in sorted(present)}
+    verified = read_state(restored).step if restored is not None else -1
+    reasons = {step: damage(step_folder(run_folder, step), contents=step > verified) for step in sorted(present)}
     dropped = [step for step, reason in reasons.items() if reason and not reason.startswith(OTHER_VERSION)]
     for step in dropped:
         _remove(step_folder(run_folder, step))
@@ -137,17 +159,21 @@ def newest(run_folder: UPath) -> UPath | None:
     return None
 
 
-def damage(folder: UPath) -> str:
-    """What is wrong with a committed checkpoint, in words; empty if every file is as its manifest says."""
+def damage(folder: UPath, contents: bool = True) -> str:
+    """What is wrong with a committed checkpoint, in words; empty if every file is as its manifest says.
+
+    Without `contents` the files' sizes are compared, and what is in them is not read.
+    """
     try:
         manifest = read_json(folder / MANIFEST)
         if manifest["format"] != FORMAT:
             if read_json(folder / "state.json")["format"] == FORMAT:
                 return f"{MANIFEST} differs from state.json"
             return f"{OTHER_VERSION} {manifest['format']}, this version reads {FORMAT}"
-        for name, expected in manifest["files"].items():
-            data = (folder / name).read_bytes()
-            if len(data) != expected["size"] or sha256(data).hexdigest() != expected["sha256"]:
+        files = manifest["files"]
+        with ThreadPoolExecutor() as pool:  # one core hashes more slowly than a disk reads
+            differ = pool.map(lambda name: _differs(folder / name, files[name], contents), files)
+            for name in compress(files, differ):
                 return f"{name} differs from the manifest"
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"{type(error).__name__}: {error}"
@@ -184,7 +210,7 @@ def retain(run_folder: UPath, keep_last: int, keep_best: int) -> list[int]:
     after its files were discarded, must not push out a checkpoint.
     """
     folders = {step: step_folder(run_folder, step) for step in steps(run_folder)}
-    present = [step for step, folder in folders.items() if _is_complete(folder)]
+    present = [step for step, folder in folders.items() if not damage(folder, contents=False)]
     losses = {step: read_state(folders[step]).eval_loss for step in present}
     scored = sorted((loss, step) for step, loss in losses.items() if loss is not None)
     kept = set(present[-keep_last:]) | {step for _, step in scored[:keep_best]}
@@ -223,33 +249,40 @@ def base_fingerprint(folder: str) -> str:
     return digest.hexdigest()[:16]
 
 
-def _network_files(network: PeftModel | PreTrainedModel, masters: dict[str, Tensor]) -> dict[str, bytes]:
-    if isinstance(network, PeftModel):
-        return {
-            "adapter_model.safetensors": safetensors.save(adapter_state(masters, network), {"format": "pt"}),
-            "adapter_config.json": _adapter_config(network),
-            "config.json": cast(PreTrainedModel, network.get_base_model()).config.to_json_string().encode(),
-        }
-    return {
-        "model.safetensors": safetensors.save(masters, {"format": "pt"}),
-        "config.json": network.config.to_json_string().encode(),
-    }
+def tensor_shape(parameter: torch.nn.Parameter) -> torch.Size:
+    """Of the whole parameter, also where ZeRO-3 has partitioned it."""
+    return getattr(parameter, "ds_shape", parameter.shape)
 
 
-def _write(folder: UPath, files: dict[str, bytes]) -> Files:
-    for name, data in files.items():
-        if not create_once(folder / name, data):  # a stale writer must not touch what another has committed
+def _flat_tensor(part: Tensor) -> FloatTensor:
+    return FloatTensor(part.shape, [part.numpy()])
+
+
+def _write(folder: UPath, name: str, *content: bytes | memoryview) -> Files:
+    """Writes a file and hashes it at the same time; returns the manifest's entry."""
+    with ThreadPoolExecutor() as pool:
+        digest = pool.submit(_sha256, content)
+        if not create_once(folder / name, *content):  # a stale writer must not touch what another has committed
             raise RuntimeError(f"{folder / name}: was written by another writer")
-    return {name: {"size": len(data), "sha256": sha256(data).hexdigest()} for name, data in files.items()}
+        return {name: {"size": sum(map(len, content)), "sha256": digest.result()}}
 
 
-def _is_complete(folder: UPath) -> bool:
-    """Whether every file that the manifest lists is there in its size; what is in them is not read."""
-    try:
-        files = read_json(folder / MANIFEST)["files"]
-        return all((folder / name).stat().st_size == expected["size"] for name, expected in files.items())
-    except (OSError, ValueError, KeyError, TypeError):
+def _sha256(content: Sequence[bytes | memoryview]) -> str:
+    digest = sha256()
+    for part in content:
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def _differs(path: UPath, expected: dict[str, int | str], contents: bool) -> bool:
+    """Whether a file is not as the manifest's entry says."""
+    if path.stat().st_size != expected["size"]:
+        return True
+    if not contents:
         return False
+    with path.open("rb") as file:
+        digest = file_digest(file, "sha256")  # type: ignore[arg-type]  # has `readinto`, on disks and object stores
+    return digest.hexdigest() != expected["sha256"]
 
 
 def _remove(folder: UPath) -> None:
@@ -276,11 +309,11 @@ def _load_pieces(folder: UPath) -> dict[str, dict[int, Tensor]]:
 
 def _joined(pieces: dict[int, Tensor], like: Tensor, name: str) -> Tensor:
     """Pieces of a flat tensor, put together in the shape of `like`; ConfigError if they do not fill it."""
-    ordered = [pieces[start] for start in sorted(pieces)]
-    ends = list(accumulate((len(piece) for piece in ordered), initial=0))
-    if sorted(pieces) != ends[:-1] or ends[-1] != like.numel():
-        raise ConfigError(f"the optimizer's state of {name} is incomplete: {ends[-1]} of {like.numel()} elements")
-    return torch.cat(ordered).reshape(like.shape)
+    try:
+        ordered = in_order(name, pieces, like.numel())
+    except ValueError as error:
+        raise ConfigError(f"the optimizer's state of {error}") from None
+    return (ordered[0] if len(ordered) == 1 else torch.cat(ordered)).reshape(like.shape)
 
 
 def _adapter_config(network: PeftModel) -> bytes:
@@ -290,4 +323,5 @@ def _adapter_config(network: PeftModel) -> bytes:
 
 
 def _load(path: UPath) -> dict[str, Tensor]:
-    return safetensors.load(path.read_bytes())
+    """The tensors of a file; of a local one only what is used is read."""
+    return safetensors.load_file(str(path)) if is_local(path) else safetensors.load(path.read_bytes())

@@ -97,7 +97,8 @@ class Worker:
         """Takes over the newest checkpoint that verifies; returns the step to go on from."""
         chosen: list[Any] = [None, []]
         if self.rank == 0:
-            chosen = [checkpoints.newest(self.folder), checkpoints.discard_uncommitted(self.folder)]
+            newest = checkpoints.newest(self.folder)
+            chosen = [newest, checkpoints.discard_uncommitted(self.folder, newest)]
         dist.broadcast_object_list(chosen)
         (folder, discarded), step = chosen, 0
         if folder is not None:

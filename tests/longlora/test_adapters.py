@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from longlora.adapters import (
-    adapter_state,
+    adapter_keys,
     attach_adapter,
     attention_projections,
     enable_full_training,
@@ -126,10 +126,10 @@ def test_what_is_saved_by_name_is_what_peft_saves_and_loads(family, settings, tm
     named = trained(model)
     model.save_pretrained(tmp_path)
     by_peft = load_file(tmp_path / "adapter_model.safetensors")
-    ours = adapter_state(named, model)
+    ours = {key: named[name] for key, name in adapter_keys(named, model).items()}
     assert set(ours) == set(by_peft)
     assert all(torch.equal(ours[key], by_peft[key]) for key in ours)
-    save_file({key: value.detach() for key, value in ours.items()}, tmp_path / "adapter_model.safetensors")
+    save_file({key: value.detach().clone() for key, value in ours.items()}, tmp_path / "adapter_model.safetensors")
     loaded = PeftModel.from_pretrained(tiny_model(family), tmp_path).eval()
     torch.testing.assert_close(logits(loaded), logits(model), rtol=0, atol=0)
     assert not torch.allclose(logits(loaded), logits(tiny_model(family)))

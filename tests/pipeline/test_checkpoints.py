@@ -207,10 +207,10 @@ def test_a_full_disk_leaves_no_commit(tmp_path: Any, network: PeftModel, monkeyp
     good = checkpoints.save(run, STATE, network, random_state(network))
     written = checkpoints.create_once
 
-    def fills_up(path: UPath, data: bytes) -> bool:
+    def fills_up(path: UPath, *data: bytes) -> bool:
         if path.name == "state.json":
             raise OSError(28, "No space left on device")
-        return written(path, data)
+        return written(path, *data)
 
     monkeypatch.setattr(checkpoints, "create_once", fills_up)
     with pytest.raises(OSError, match="No space left"):
