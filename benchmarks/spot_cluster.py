@@ -65,7 +65,7 @@ class SpotCluster:
         GcsClient(self.address).drain_node(node.node_id, reason, "spot", deadline)
 
     def kill_head(self) -> None:
-        """As a head node that is switched off: the whole cluster ends, and a new one is started on the same machines."""
+        """As a head node that is switched off: the cluster ends, and a new one is started with as many nodes."""
         count = len(self.nodes)
         for process in descendants("raylet", "gcs_server"):
             process.kill()
@@ -130,16 +130,19 @@ class DisturbedRun:
     def tail(self) -> str:
         return self.output.read_text(errors="replace")[-2000:] if self.output.exists() else ""
 
-    def lines(self) -> list[StepRecord | Event]:
-        return [line for _, line in read_ledger(self.folder)]
+    def newest(self) -> tuple[int, list[StepRecord | Event]]:
+        """The newest attempt's number, 0 before the first, and its lines in the ledger."""
+        numbered = list(read_ledger(self.folder, newest_only=True))
+        return max((attempt for attempt, _ in numbered), default=0), [line for _, line in numbered]
 
     def events(self, name: str) -> list[Event]:
-        return [line for line in self.lines() if isinstance(line, Event) and line.event == name]
+        """Those of the newest attempt."""
+        return [line for line in self.newest()[1] if isinstance(line, Event) and line.event == name]
 
     def steps_since_start(self) -> tuple[int, int]:
         """(workers, steps that they have trained since they started); (0, 0) if none are in training."""
         workers, steps = 0, 0
-        for line in self.lines():
+        for line in self.newest()[1]:
             if isinstance(line, StepRecord):
                 steps += 1
             elif line.event == "start":

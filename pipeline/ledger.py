@@ -145,9 +145,12 @@ class _Parts:
         self._part, self._sent = self._part + 1, 0
 
 
-def read_ledger(run_folder: UPath) -> Iterator[tuple[int, StepRecord | Event]]:
-    """(attempt, line) of a run, in the order written. A last line cut by a crash is left out: it was never synced."""
-    for attempt, paths in sorted(_files(run_folder / "ledger").items()):
+def read_ledger(run_folder: UPath, newest_only: bool = False) -> Iterator[tuple[int, StepRecord | Event]]:
+    """(attempt, line) of a run, or of its newest attempt, in the order written.
+
+    A last line cut by a crash is left out: it was never synced.
+    """
+    for attempt, paths in sorted(_files(run_folder / "ledger").items())[-1 if newest_only else 0 :]:
         for text in (path.read_text(encoding="utf-8") for path in paths):
             for line in text.splitlines(keepends=True):
                 if line.endswith("\n"):
