@@ -40,9 +40,8 @@ def storage_root(config: Config) -> UPath:
         if found != b"longlora":
             raise OSError("what was written does not read back")
     except Exception as error:  # each kind of storage has errors of its own
-        reason = " ".join(str(error).split()) or type(error).__name__
         raise ConfigError(
-            f"run.storage = {text!r}: cannot be written ({reason}); give a writable folder or URI"
+            f"run.storage = {text!r}: cannot be written ({_words(error)}); give a writable folder or URI"
         ) from None
     return root
 
@@ -54,10 +53,9 @@ def run_folder(config: Config) -> UPath:
 
 def storage_error(error: BaseException) -> str:
     """One line for an error of the run's storage that has outlasted all retries; empty for any other error."""
-    text = " ".join(str(error).split())
+    text, answer = _words(error), _answer(error)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
         return f"run.storage cannot be written: {text}; make room, the run goes on from its last checkpoint"
-    answer = _answer(error)
     refused = answer.get("HTTPStatusCode", 200) >= 300 and answer["Code"] not in ("404", "NoSuchKey")
     if refused or type(error).__module__.startswith("botocore."):
         return f"run.storage cannot be used: {text}; when it can be, the run goes on from its last checkpoint"
@@ -133,6 +131,13 @@ def _answer(error: BaseException) -> dict[str, Any]:
     """HTTPStatusCode, Code and more of an object store's answer that an error comes from; empty for other errors."""
     response = getattr(error, "response", None) or getattr(error.__cause__, "response", None) or {}
     return {**response.get("ResponseMetadata", {}), **response.get("Error", {})} if "Error" in response else {}
+
+
+def _words(error: BaseException) -> str:
+    """An error in one line; of an object store, what it answered."""
+    answer = _answer(error)
+    text = f"{answer.get('Message')} ({answer['Code']})" if answer else str(error)
+    return " ".join(text.split()) or type(error).__name__
 
 
 @contextmanager
