@@ -5,12 +5,12 @@ import subprocess
 import sys
 import threading
 import time
-import uuid
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from object_store import ObjectStore
 from upath import UPath
 
 from pipeline import lease
@@ -85,15 +85,18 @@ def test_a_holder_that_went_silent_expires_and_learns_of_it(run: UPath) -> None:
     second.release()
 
 
-def test_of_many_that_come_at_once_one_wins(run: UPath) -> None:
+@pytest.mark.parametrize("kind", ["disk", "object store"])
+def test_of_many_that_come_at_once_one_wins(kind: str, run: UPath, bucket: UPath) -> None:
+    folder = run if kind == "disk" else bucket / "run"
+
     def take(_: int) -> Lease | None:
         try:
-            return Lease(run, elsewhere())
+            return Lease(folder, elsewhere())
         except ConfigError:
             return None
 
-    with ThreadPoolExecutor(16) as pool:
-        taken = [one for one in pool.map(take, range(16)) if one]
+    with ThreadPoolExecutor(8) as pool:
+        taken = [one for one in pool.map(take, range(8)) if one]
     assert len(taken) == 1
     taken[0].check()
     taken[0].release()
@@ -108,10 +111,28 @@ def test_created_once_means_once_and_whole(tmp_path: Path) -> None:
     assert [file.name for file in path.parent.iterdir()] == ["file"]
 
 
-def test_on_an_object_store_too_one_driver_holds_a_run() -> None:
-    run = UPath(f"memory://{uuid.uuid4().hex}/run")
+def test_on_an_object_store_too_one_driver_holds_a_run(bucket: UPath) -> None:
+    run = bucket / "runs" / "run"
     first = Lease(run, elsewhere())
     with pytest.raises(ConfigError, match="is working on this run"):
         Lease(run, elsewhere())
+    first.check()
     first.release()
     Lease(run, elsewhere()).release()
+
+
+def test_after_an_outage_a_driver_learns_that_it_was_replaced(bucket: UPath) -> None:
+    lost = threading.Event()
+    run = bucket / "runs" / "run"
+    first = Lease(run, elsewhere(), lost.set)
+    assert create_once(run / "lease" / "2.json", b"{}")  # by another machine, which the store answered meanwhile
+    with pytest.raises(RuntimeError, match="another driver has taken over"):
+        first.check()
+    assert lost.wait(30), "the heartbeat sees it too"
+
+
+def test_a_term_whose_answer_was_lost_is_held(store: ObjectStore, bucket: UPath) -> None:
+    store.fail(status=500, code="InternalError", path="lease/1.json", done=True)
+    lease = Lease(bucket / "run", elsewhere())
+    lease.check()
+    lease.release()

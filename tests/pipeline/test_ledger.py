@@ -1,7 +1,7 @@
-import uuid
 from dataclasses import replace
 
 import pytest
+from object_store import ObjectStore
 from upath import UPath
 
 from pipeline.ledger import Event, LedgerWriter, StepRecord, read_ledger, token_hash
@@ -60,8 +60,8 @@ def test_the_token_hash_knows_content_and_order() -> None:
     assert token_hash([7, 9]) == token_hash([7, 9])
 
 
-def test_on_an_object_store_what_is_synced_is_there() -> None:
-    run = UPath(f"memory://{uuid.uuid4().hex}/run")
+def test_on_an_object_store_what_is_synced_is_there(bucket: UPath) -> None:
+    run = bucket / "runs" / "run"
     writer = LedgerWriter(run)
     writer.start_attempt()
     for step in range(12):
@@ -76,9 +76,21 @@ def test_on_an_object_store_what_is_synced_is_there() -> None:
     assert [(attempt, line.step) for attempt, line in lines] == [*((1, step) for step in range(12)), (2, 12)]
 
 
-def test_two_writers_of_one_attempt_on_an_object_store_do_not_mix() -> None:
-    run = UPath(f"memory://{uuid.uuid4().hex}/run")
-    first, second = LedgerWriter(run), LedgerWriter(run)
+def test_two_writers_of_one_attempt_on_an_object_store_do_not_mix(bucket: UPath) -> None:
+    first, second = LedgerWriter(bucket / "run"), LedgerWriter(bucket / "run")
     first.start_attempt()
     with pytest.raises(RuntimeError, match="written by another driver"):
         second.start_attempt()
+
+
+@pytest.mark.parametrize("arrived", [True, False])
+def test_lines_whose_put_failed_are_put_once(arrived: bool, store: ObjectStore, bucket: UPath) -> None:
+    writer = LedgerWriter(bucket / "run")
+    writer.start_attempt()
+    writer.write(replace(RECORD, step=0))
+    store.fail(status=403, code="AccessDenied", method="PUT", done=arrived)
+    with pytest.raises(PermissionError):
+        writer.sync()
+    writer.write(replace(RECORD, step=1))
+    writer.sync()
+    assert [line.step for _, line in read_ledger(bucket / "run")] == [0, 1]
