@@ -140,7 +140,7 @@ def worker_rounds(scratch: Path, rounds: int) -> Figures:
 
 
 def node_rounds(scratch: Path, rounds: int) -> Figures:
-    """A cold start on one worker of a cluster; then, again and again, a node comes and one of the two is switched off."""
+    """A cold start on one worker of a cluster; then, again and again, a node comes and one of the two is lost."""
     figures = Figures()
     with SpotCluster() as cluster:
         cluster.add()

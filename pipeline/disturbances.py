@@ -13,6 +13,7 @@ import ray
 import torch.distributed as dist
 from ray.exceptions import RayActorError
 from ray.train import UserCallback
+from ray.train.v2._internal.exceptions import WorkerHealthCheckTimeoutError
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerCallback
 from ray.train.v2._internal.execution.controller.state import (
     PreemptingState,
@@ -98,9 +99,12 @@ def cause(error: TrainingFailedError) -> str:
     if isinstance(error, PreemptionError):
         return "preempted"
     if isinstance(error, WorkerGroupError):
-        if any("process has died" in str(failure) for failure in error.worker_failures.values()):
+        failures = error.worker_failures.values()
+        if any("process has died" in str(failure) for failure in failures):
             return "worker died"
-        if any(lost_a_worker(failure) for failure in error.worker_failures.values()):
+        if any(isinstance(failure, WorkerHealthCheckTimeoutError) for failure in failures):
+            return "no sign of life of a worker"
+        if any(lost_a_worker(failure) for failure in failures):
             return "connection to a worker lost"
         return "error in a worker"
     return "workers could not start"
@@ -109,7 +113,7 @@ def cause(error: TrainingFailedError) -> str:
 def lost_a_worker(error: BaseException) -> bool:
     """Whether an error in a worker group tells of a process or a connection that is gone, not of our code."""
     text = str(error)
-    return isinstance(error, RayActorError | dist.DistError) or any(
+    return isinstance(error, RayActorError | WorkerHealthCheckTimeoutError | dist.DistError) or any(
         word in text for word in ("gloo/", "NCCL", "Connection closed by peer", "process has died")
     )
 

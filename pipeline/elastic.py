@@ -13,6 +13,7 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayError
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, NoopDecision, ScalingDecision
 from ray.train.v2.api.config import ScalingConfig
 from ray.train.v2.torch.torch_trainer import TorchTrainer
@@ -34,6 +35,10 @@ class ElasticTrainer(TorchTrainer):
 
     def _initialize_and_run_controller(self, **parts: Any) -> Any:
         return super()._initialize_and_run_controller(**{**parts, "scaling_policy": self._policy})
+
+    def _create_default_callbacks(self) -> list[Any]:
+        """Without Ray Data's: workers read the packs themselves, and it starts a process with every group."""
+        return [one for one in super()._create_default_callbacks() if not isinstance(one, DatasetsCallback)]
 
 
 class PresentNodesPolicy(ElasticScalingPolicy):

@@ -1,0 +1,89 @@
+"""Which nodes count: those that are alive, not leaving, and whose raylet takes a connection."""
+
+import socket
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import ray
+from ray.exceptions import GetTimeoutError
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
+from ray.train.v2._internal.execution.scaling_policy import NoopDecision, ResizeDecision
+from ray.train.v2.api.config import ScalingConfig
+
+from pipeline.elastic import ElasticTrainer, PresentNodesPolicy
+
+
+class Log:
+    """Collects what the policy tells the run's log."""
+
+    def __init__(self) -> None:
+        self.told: list[str] = []
+        self.waiting = SimpleNamespace(remote=self.told.append)
+
+
+@pytest.fixture
+def raylet() -> Iterator[int]:
+    """A port that takes connections."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield server.getsockname()[1]
+
+
+@pytest.fixture
+def closed() -> int:
+    """A port that refuses them."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+def policy_on(
+    monkeypatch: pytest.MonkeyPatch, ports: dict[str, int], leaving: tuple[str, ...] = (), workers: Any = (1, 3)
+) -> PresentNodesPolicy:
+    """A policy for workers of one CPU, and a cluster with such a node for each port."""
+    nodes = [
+        {"NodeID": name, "NodeManagerAddress": "127.0.0.1", "NodeManagerPort": port} for name, port in ports.items()
+    ]
+    monkeypatch.setattr(ray, "nodes", lambda: nodes)
+    monkeypatch.setattr(ray, "get", lambda value, timeout: value)
+    monkeypatch.setattr(ray._private.state.state, "get_draining_nodes", lambda: dict.fromkeys(leaving, 0))
+    policy = PresentNodesPolicy(ScalingConfig(num_workers=workers, resources_per_worker={"CPU": 1}), Log())
+    reserved = {name: {"CPU": 1.0} for name in ports}
+    remote = SimpleNamespace(remote=lambda requester, recompute: reserved)
+    client = SimpleNamespace(
+        _autoscaling_coordinator=SimpleNamespace(get_reserved_resources=remote),
+        maybe_send_resource_request=lambda *_: None,
+    )
+    policy._coordinator_client = client  # type: ignore[assignment]
+    return policy
+
+
+def test_workers_start_on_nodes_that_are_there(monkeypatch: pytest.MonkeyPatch, raylet: int, closed: int) -> None:
+    policy = policy_on(monkeypatch, {"a": raylet, "dead": closed, "b": raylet, "going": raylet}, leaving=("going",))
+    decision = policy.make_decision_for_non_running_worker_group()
+    assert isinstance(decision, ResizeDecision) and decision.num_workers == 2
+    selector = policy.on_controller_start_worker_group(scaling_config=policy.scaling_config, num_workers=2)
+    assert selector == {"ray.io/node-id": "in(a,b)"}
+
+
+def test_too_few_nodes_are_waited_for_and_counted(monkeypatch: pytest.MonkeyPatch, raylet: int, closed: int) -> None:
+    policy = policy_on(monkeypatch, {"a": raylet, "dead": closed}, workers=2)
+    assert isinstance(policy.make_decision_for_non_running_worker_group(), NoopDecision)
+    assert policy.run_log.told == ["waiting for nodes: room for 1 of 2 workers"]
+
+
+def test_no_answer_of_the_coordinator_is_no_node(monkeypatch: pytest.MonkeyPatch, raylet: int) -> None:
+    policy = policy_on(monkeypatch, {"a": raylet})
+
+    def late(*_: object, timeout: float) -> None:
+        raise GetTimeoutError("busy")
+
+    monkeypatch.setattr(ray, "get", late)
+    assert isinstance(policy.make_decision_for_non_running_worker_group(), NoopDecision)
+    assert policy.on_controller_start_worker_group(scaling_config=policy.scaling_config, num_workers=1) is None
+
+
+def test_no_process_is_started_for_data_that_ray_does_not_feed() -> None:
+    trainer = ElasticTrainer(print, scaling_config=ScalingConfig(num_workers=1), run_log=Log())
+    callbacks = trainer._create_default_callbacks()
+    assert callbacks and not any(isinstance(callback, DatasetsCallback) for callback in callbacks)
