@@ -3,13 +3,13 @@
 VENV := .venv
 BIN := $(VENV)/bin
 PYTHON ?= python3
-SOURCES := longlora pipeline tests examples $(wildcard benchmarks)
+SOURCES := longlora pipeline cluster tests examples $(wildcard benchmarks)
 
 # DeepSpeed and torch call `ninja` by name; another version than the lock's would compile the CPU op anew.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test check bench schema lock
+.PHONY: help setup quickstart test check soak bench schema lock
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -27,8 +27,12 @@ check: setup  ## Check format, lint and types
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/mypy
 
-bench: setup  ## Time attention and the training loop on this machine, half an hour (benchmarks/context_use.py compares runs)
-	@status=0; for question in attention loop; do \
+soak: setup  ## Disturb real runs: the slow tests, and three kinds of chaos; 100 minutes at most
+	timeout 3000 $(BIN)/python -m pytest -m slow
+	timeout 3000 $(BIN)/python benchmarks/chaos.py --disturbances 6
+
+bench: setup  ## Time attention, the loop, checkpoints and recoveries here, an hour (context_use.py compares runs)
+	@status=0; for question in attention loop checkpoint recovery; do \
 	    $(BIN)/python benchmarks/$$question.py || status=$$?; \
 	done; exit $$status
 

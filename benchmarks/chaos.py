@@ -10,7 +10,7 @@ Each scenario is one run, started by the command line as a user does, and what b
     elastic   one to three workers on a cluster whose nodes come and go
     s3        two workers; checkpoints, ledger and lease on an S3 server that fails now and then
 
-It is compared with undisturbed runs of the same config. Bounds: no sequence lost or doubled, no token changed, the metrics
+It is compared with undisturbed runs of the same config. Bounds: no sequence lost or doubled, no token changed, metrics
 of each step once in MLflow; at a fixed number of workers the same losses and weights to the last bit; across numbers
 losses within 1e-5 relative, weights within twice the deviation between undisturbed runs at those numbers of workers.
 """

@@ -112,36 +112,40 @@ class Stage:
         self.run.start(f"workers.max={self.most}")
 
 
-def kill_worker(stage: Stage) -> bool:
+def kill_worker(stage: Stage) -> float:
     send([random.choice(workers_of())], signal.SIGKILL)
-    return True
+    return time.time()
 
 
-def stop_worker(stage: Stage) -> bool:
+def stop_worker(stage: Stage) -> float:
     """SIGSTOP: the process is there, and says nothing. Continued when it has been given up, it must do no harm."""
     stopped = random.choice(workers_of())
-    attempt = attempt_of(stage)
+    attempt, began = attempt_of(stage), time.time()
     send([stopped], signal.SIGSTOP)
     stage.run.wait_for("its loss", lambda: attempt_of(stage) > attempt)
     send([stopped], signal.SIGCONT)
-    return True
+    return began
 
 
-def kill_driver(stage: Stage) -> bool:
+def kill_driver(stage: Stage) -> float:
+    began = time.time()
     stage.run.kill_driver()
     stage.start()
-    return True
+    return began
 
 
-def kill_in_commit(stage: Stage) -> bool:
+def kill_in_commit(stage: Stage) -> float:
     """Kills a worker while a checkpoint has files, and no manifest yet."""
-    while True:
-        stage.run.wait_for("a commit", lambda: bool(_uncommitted(stage.run.folder)))
-        send([random.choice(workers_of())], signal.SIGKILL)
-        return bool(_uncommitted(stage.run.folder))
+    saving: list[str] = []
+    while not saving:
+        assert stage.run.driver is not None and stage.run.driver.poll() is None, stage.run.tail()
+        saving = _uncommitted(stage.run.folder)
+        time.sleep(0.002)  # a commit takes a tenth of a second
+    send([random.choice(workers_of())], signal.SIGKILL)
+    return time.time()
 
 
-def second_driver(stage: Stage) -> bool:
+def second_driver(stage: Stage) -> None:
     """The same command while the first one works: it must be refused, and name the holder."""
     second = DisturbedRun(stage.run.config, stage.run.folder, **stage.run.environment)
     second.output = stage.scratch / "second.log"
@@ -149,87 +153,88 @@ def second_driver(stage: Stage) -> bool:
     code = second.start().wait(timeout=300)
     if code != 2 or "is working on this run" not in second.tail():
         raise RuntimeError(f"a second driver ended with {code}: {second.tail()}")
-    return False
 
 
-def terminate_worker(stage: Stage) -> bool:
+def terminate_worker(stage: Stage) -> None:
     """SIGTERM on one rank: a notice. All save the same step, and go on."""
     noticed = len(stage.run.events("notice"))
     send([random.choice(workers_of())], signal.SIGTERM)
     stage.run.wait_for("a notice", lambda: len(stage.run.events("notice")) > noticed)
     stage.run.wait_for("its checkpoint", lambda: _saved_since_the_notice(stage))
-    return False
 
 
-def refuse_writes(stage: Stage) -> bool:
+def refuse_writes(stage: Stage) -> float:
     """The workers' files may not grow beyond 64 KiB: the next checkpoint fails with EFBIG, from the kernel."""
-    attempt = attempt_of(stage)
+    attempt, began = attempt_of(stage), time.time()
     for worker in workers_of():
         with suppress(psutil.NoSuchProcess):
             worker.rlimit(psutil.RLIMIT_FSIZE, (1 << 16, resource.RLIM_INFINITY))
     stage.run.wait_for("a failed checkpoint", lambda: attempt_of(stage) > attempt)
-    return True
+    return began
 
 
-def lose_store(stage: Stage) -> bool:
+def lose_store(stage: Stage) -> None:
     """The S3 server answers nothing for some seconds: requests are repeated, training goes on."""
     assert stage.store is not None
     stage.store.pause()
     time.sleep(random.uniform(5, 20))
     stage.store.resume()
-    return False
 
 
-def slow_down(stage: Stage) -> bool:
+def slow_down(stage: Stage) -> None:
     """The S3 server answers 503 SlowDown to the next writes."""
     assert stage.store is not None
     stage.store.fail(method="PUT", times=random.randint(1, 4))
-    return False
 
 
-def give_notice(stage: Stage) -> bool:
+def give_notice(stage: Stage) -> float:
     """A node is to leave; it is switched off at the deadline."""
     assert stage.cluster is not None
     node = random.choice(stage.cluster.nodes)
     stage.cluster.give_notice(node, NOTICE_S)
     time.sleep(NOTICE_S)
+    began = time.time()
     stage.cluster.remove(node)
-    return True
+    return began
 
 
-def kill_node(stage: Stage) -> bool:
+def kill_node(stage: Stage) -> float:
     assert stage.cluster is not None
+    began = time.time()
     stage.cluster.remove(random.choice(stage.cluster.nodes))
-    return True
+    return began
 
 
-def add_node(stage: Stage) -> bool:
+def add_node(stage: Stage) -> float:
     assert stage.cluster is not None
+    began = time.time()
     stage.cluster.add()
-    return True
+    return began
 
 
-def change_range(stage: Stage) -> bool:
+def change_range(stage: Stage) -> float:
     """Ctrl-C, and the same command with another `workers.max`."""
     assert stage.run.driver is not None
+    began = time.time()
     stage.run.driver.send_signal(signal.SIGINT)
     stage.run.driver.wait(timeout=120)
     stage.most = random.randint(stage.values["workers"]["min"], stage.values["workers"]["max"])
     stage.start()
-    return True
+    return began
 
 
-def kill_head(stage: Stage) -> bool:
+def kill_head(stage: Stage) -> float:
     """The head is gone, and the driver, which lives there, with it."""
     assert stage.cluster is not None
+    began = time.time()
     stage.run.kill_driver()
     stage.cluster.kill_head()
     stage.start()
-    return True
+    return began
 
 
-Kind = Callable[[Stage], bool]
-"""Does it, and returns whether workers have to start anew."""
+Kind = Callable[[Stage], float | None]
+"""Does it, and returns when, if workers have to start anew for it."""
 KINDS: dict[str, list[Kind]] = {
     "fixed": [kill_worker, stop_worker, kill_driver, kill_in_commit, second_driver, terminate_worker, refuse_writes],
     "elastic": [give_notice, kill_node, kill_worker, kill_driver, give_notice, kill_node, change_range, kill_head],
@@ -261,14 +266,13 @@ def play(stage: Stage, count: int, seed: int) -> list[Disturbance]:
 
 def _disturb(stage: Stage, kind: Kind) -> Disturbance:
     began, attempt, step = time.time(), attempt_of(stage), _last_step(stage)
-    restarts = kind(stage)
-    acted = time.time()
-    if restarts:
+    acted = kind(stage)
+    if acted is not None:
         stage.run.wait_for(
             f"training after {kind.__name__}",
             lambda: attempt_of(stage) > attempt and stage.run.trains(stage.workers),
         )
-    return Disturbance(kind.__name__, began, step, time.time() - acted if restarts else 0.0)
+    return Disturbance(kind.__name__, began, step, time.time() - acted if acted else 0.0)
 
 
 def attempt_of(stage: Stage) -> int:

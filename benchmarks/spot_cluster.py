@@ -87,9 +87,8 @@ class SpotCluster:
 class DisturbedRun:
     """A run on a cluster (or on a Ray of its own), started by the command line as a user does, again and again."""
 
-    def __init__(self, config: Path, folder: UPath, address: str | None = None, **environment: str) -> None:
-        self.config, self.folder = config, folder
-        self.environment = {**environment, **({"RAY_ADDRESS": address} if address else {})}
+    def __init__(self, config: Path, folder: UPath, **environment: str) -> None:
+        self.config, self.folder, self.environment = config, folder, environment
         self.output = Path(f"{config}.log")
         self.driver: subprocess.Popen[bytes] | None = None
 
