@@ -6,16 +6,16 @@ later attempt started from, and before the newest checkpoint. Everything is read
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from upath import UPath
 
 from pipeline.config import Config, ConfigError
+from pipeline.lease import holder_of
 from pipeline.ledger import Event, StepRecord, read_ledger, token_hash
 from pipeline.order import positions_of_step, sequences_at
 from pipeline.packs import Packs, row_hash
-from pipeline.storage import storage_root
-from pipeline.timeline import Line, Recovery, recoveries, seconds_by_category
+from pipeline.timeline import Line, Recovery, lost_seconds, recoveries, seconds_by_category
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,8 @@ class Audit:
     sequences: int
     """Sequences trained in them."""
     attempts: int
+    trained: int
+    """Steps that were trained, those that were trained again counted again."""
     redone: int
     """Steps that were trained again because no checkpoint contained them."""
     lost: list[int]
@@ -40,6 +42,10 @@ class Audit:
     seconds: dict[str, float]
     """Wall time by category."""
     recoveries: list[Recovery]
+    lost_per_disturbance: float
+    """Mean seconds that a recovery cost, redone steps included."""
+    holder: str = ""
+    """Who is working on the run: what they train after the newest checkpoint does not count yet. Empty if nobody is."""
 
     @property
     def whole(self) -> bool:
@@ -53,30 +59,41 @@ def audit(run_folder: UPath, packs: Packs, seed: int, global_batch: int, committ
     counting = counting_steps(numbered, committed)
     records = [line for number in sorted(counting) if isinstance(line := lines[number], StepRecord)]
     times = Counter(record.step for record in records)
+    steps = [line.step for line in lines if isinstance(line, StepRecord)]
+    found = recoveries(lines)
     return Audit(
         committed=committed,
         sequences=sum(len(record.sequences) for record in records),
         attempts=max((attempt for attempt, _ in numbered), default=0),
-        redone=sum(isinstance(line, StepRecord) for line in lines) - len({_step(line) for line in lines} - {None}),
+        trained=len(steps),
+        redone=len(steps) - len(set(steps)),
         lost=[step for step in range(committed) if not times[step]],
         doubled=sorted(step for step, count in times.items() if count > 1),
         misordered=[record.step for record in records if not _in_order(record, packs, seed, global_batch)],
         changed=[record.step for record in records if not _as_packed(record, packs)],
         seconds=seconds_by_category(lines, counting),
-        recoveries=recoveries(lines),
+        recoveries=found,
+        lost_per_disturbance=lost_seconds(lines, found),
     )
 
 
 def audit_run(config: Config, run_folder: UPath) -> Audit:
-    """The audit of a run; ConfigError if it has no checkpoint yet, or its packs are gone."""
+    """The audit of a run, with the packs beside it; ConfigError if they are gone, or nothing is committed or recorded.
+
+    config: that of the run; of its paths none is used, so that a run whose storage was moved can be audited.
+    """
     from pipeline import checkpoints  # torch with it, which the rest of this file does without
 
+    holder = holder_of(run_folder)
     newest = checkpoints.newest(run_folder)
     if newest is None:
         raise ConfigError(f"{run_folder}: has no checkpoint, so no step is committed; train first")
+    if next(read_ledger(run_folder), None) is None:
+        raise ConfigError(f"{run_folder}: has no ledger, so nothing says what its {newest.name} was trained on")
     state = checkpoints.read_state(newest)
-    packs = Packs.open(storage_root(config) / "packs" / state.packs_fingerprint)
-    return audit(run_folder, packs, config.run.seed, config.optimization.global_batch, state.step)
+    packs = Packs.open(run_folder.parent / "packs" / state.packs_fingerprint)
+    result = audit(run_folder, packs, config.run.seed, config.optimization.global_batch, state.step)
+    return replace(result, holder=str(holder or ""))
 
 
 def counting_steps(numbered: Sequence[tuple[int, Line]], committed: int) -> set[int]:
@@ -91,10 +108,6 @@ def counting_steps(numbered: Sequence[tuple[int, Line]], committed: int) -> set[
         for number, (attempt, line) in enumerate(numbered)
         if isinstance(line, StepRecord) and line.step < horizon[attempt]
     }
-
-
-def _step(line: Line) -> int | None:
-    return line.step if isinstance(line, StepRecord) else None
 
 
 def _in_order(record: StepRecord, packs: Packs, seed: int, global_batch: int) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich import box
-from rich.console import Group
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 from upath import UPath
@@ -16,12 +16,13 @@ from upath import UPath
 from pipeline.audit import Audit, counting_steps
 from pipeline.ledger import Event, StepRecord, read_ledger
 from pipeline.storage import write_atomic, write_json
-from pipeline.timeline import Line, goodput
+from pipeline.timeline import PHASES, Line, goodput, goodput_at, percentiles
 
 BLUE, GREY, RED = "#1f6fb4", "#b0b0b0", "#c0392b"
 INTERRUPTIONS = ("failure", "resize", "driver")
 DISTURBANCES = (*INTERRUPTIONS, "notice")
-SHOWN = 20  # steps that a finding names at most
+SHOWN = 20  # steps that a finding names at most, and recoveries that are listed
+HOUR = 3600.0
 
 
 def write_report(run_folder: UPath, result: Audit) -> UPath:
@@ -35,8 +36,16 @@ def write_report(run_folder: UPath, result: Audit) -> UPath:
 
 def audit_json(result: Audit) -> dict[str, Any]:
     """The content of `audit/audit.json`."""
-    recoveries = [{**asdict(recovery), "seconds": recovery.seconds} for recovery in result.recoveries]
-    return {**asdict(result), "recoveries": recoveries, "whole": result.whole, "goodput": goodput(result.seconds)}
+    wall = sum(result.seconds.values())
+    return {
+        **asdict(result),
+        "recoveries": [{**asdict(recovery), "seconds": recovery.seconds} for recovery in result.recoveries],
+        "recovery_percentiles": percentiles(result.recoveries),
+        "whole": result.whole,
+        "goodput": goodput(result.seconds),
+        "mean_seconds_between_disturbances": wall / len(result.recoveries) if result.recoveries else None,
+        "goodput_at_one_disturbance_an_hour": goodput_at(HOUR, result.seconds, result.lost_per_disturbance),
+    }
 
 
 def audit_table(result: Audit) -> Group:
@@ -56,8 +65,14 @@ def audit_table(result: Audit) -> Group:
     ):
         style = "bold red" if steps else None
         findings.add_row(name, f"{len(steps):,}", ", ".join(map(str, steps[:SHOWN])), style=style)
-    findings.add_row("redone", f"{result.redone:,}", "before any checkpoint contained them", style="dim")
-    return Group(findings, _time_table(result), *([_recovery_table(result)] if result.recoveries else []))
+    redone = f"of {result.trained:,} trained, before any checkpoint contained them"
+    findings.add_row("redone", f"{result.redone:,}", redone, style="dim")
+    parts: list[RenderableType] = [findings, _time_table(result)]
+    if result.holder:
+        parts.insert(1, Text(f" {result.holder} is working on this run: what has no checkpoint yet does not count\n"))
+    if result.recoveries:
+        parts += [_hourly(result), _recovery_table(result)]
+    return Group(*parts)
 
 
 def timeline_plot(lines: Sequence[Line], counting: set[int]) -> bytes:
@@ -115,16 +130,28 @@ def _time_table(result: Audit) -> Table:
     table.add_column("share", justify="right")
     for category, seconds in result.seconds.items():
         if seconds:
-            table.add_row(category.replace("_", " "), f"{seconds:,.1f}", f"{seconds / max(whole, 1e-9):.1%}")
+            table.add_row(category.replace("_", " ").lower(), f"{seconds:,.1f}", f"{seconds / max(whole, 1e-9):.1%}")
     return table
 
 
+def _hourly(result: Audit) -> Text:
+    apart, lost = sum(result.seconds.values()) / len(result.recoveries), result.lost_per_disturbance
+    hourly = goodput_at(HOUR, result.seconds, lost)
+    return Text(
+        f" a disturbance every {apart:,.0f} s cost {lost:.1f} s; at one an hour, goodput would be {hourly:.1%}\n"
+    )
+
+
 def _recovery_table(result: Audit) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, title="Recoveries, seconds", title_justify="left")
+    shown = result.recoveries[-SHOWN:]
+    count = f"the last {len(shown)} of {len(result.recoveries)}" if len(shown) < len(result.recoveries) else "all"
+    table = Table(box=box.SIMPLE_HEAD, title=f"Recoveries ({count}), seconds", title_justify="left")
     for name in ("cause", "goes on from step", "redone", "detect", "schedule", "restore", "first step", "in all"):
         table.add_column(name, justify="left" if name == "cause" else "right")
-    for one in result.recoveries:
-        phases = (one.detect, one.schedule, one.restore, one.first_step, one.seconds)
-        cause = Text(one.cause[:40])
-        table.add_row(cause, f"{one.step:,}", f"{one.redone:,}", *(f"{seconds:.1f}" for seconds in phases))
+    for one in shown:
+        phases = (f"{getattr(one, phase):.1f}" for phase in PHASES)
+        table.add_row(Text(one.cause[:40]), f"{one.step:,}", f"{one.redone:,}", *phases, end_section=one is shown[-1])
+    of_all = percentiles(result.recoveries)
+    for name in ("p50", "p95"):
+        table.add_row(f"{name} of all", "", "", *(f"{of_all[phase][name]:.1f}" for phase in PHASES))
     return table

@@ -102,12 +102,19 @@ class Lease:
 
 def refuse_if_held(run_folder: UPath) -> None:
     """ConfigError if a process of this machine holds the run: known at once, before anything is started."""
+    holder = holder_of(run_folder)
+    if holder is not None and holder.state() == "alive":
+        raise _held(run_folder / "lease", holder)
+
+
+def holder_of(run_folder: UPath) -> Holder | None:
+    """Who may be working on a run; None if the lease is free, or its holder is known to be dead."""
     folder = run_folder / "lease"
     term = _highest(folder)
-    if term and not _beat_of(folder, term).get("released"):
-        holder = Holder(**read_json(folder / f"{term}.json"))
-        if holder.state() == "alive":
-            raise _held(folder, holder)
+    if not term or _beat_of(folder, term).get("released"):
+        return None
+    holder = Holder(**read_json(folder / f"{term}.json"))
+    return None if holder.state() == "dead" else holder
 
 
 def _held(folder: UPath, holder: Holder) -> ConfigError:

@@ -1,6 +1,7 @@
 """The command line: parse, load the config, dispatch. Nothing heavy is imported before a command needs it.
 
 python pipeline/main.py [COMMAND] [--config FILE] [section.key=value …]
+python pipeline/main.py audit RUN_DIR
 """
 
 import argparse
@@ -35,6 +36,9 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", metavar="COMMAND")
     for name, text in STAGES.items():
         stage = commands.add_parser(name, help=text, description=text)
+        if name == "audit":
+            stage.add_argument("run", nargs="?", metavar="RUN_DIR", help="folder or URI (default: the config's run)")
+            stage.add_argument("--json", action="store_true", help="print the findings as JSON and nothing else")
         stage.add_argument("--config", metavar="FILE", help="YAML file (default: configs/quickstart.yaml)")
         stage.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
     generate = commands.add_parser("generate", help="text from a base, adapter or exported model")
@@ -55,6 +59,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if options.command == "generate":
             _generate(options)
+        elif options.command == "audit":
+            return _audit(options)
         else:
             from pipeline.stages import run_stages
 
@@ -87,6 +93,23 @@ def _quiet_libraries() -> None:
     logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
     # PEFT asks transformers for it by its old name, which nobody here can change.
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+
+
+def _audit(options: argparse.Namespace) -> int:
+    from pipeline.run_config import run_config
+    from pipeline.stages import audit
+    from pipeline.storage import absolute_path, run_folder
+
+    overrides = options.overrides
+    if options.run and "=" in options.run and "/" not in options.run.partition("=")[0]:
+        overrides, options.run = [options.run, *overrides], None
+    if options.run is None:
+        config = load_config(options.config, overrides)
+        return audit(config, run_folder(config), options.json)
+    if options.config or overrides:
+        raise ConfigError(f"audit {options.run}: reads the settings of that run; leave out --config and other settings")
+    folder = absolute_path(options.run)
+    return audit(run_config(folder), folder, options.json)
 
 
 def _generate(options: argparse.Namespace) -> None:

@@ -1,5 +1,7 @@
 """The config of a run, kept in its folder: by it a run is resumed with the settings that it was started with."""
 
+from typing import Any
+
 import yaml
 from upath import UPath
 
@@ -7,6 +9,8 @@ from pipeline.config import Config, ConfigError, parse_config
 from pipeline.storage import write_atomic
 
 FILE = "config.yaml"
+SHOWN = 12  # differences that an error names at most
+LONG = 40  # characters of a value
 
 
 def run_config(run_folder: UPath) -> Config:
@@ -23,16 +27,27 @@ def keep_config(config: Config, run_folder: UPath) -> None:
 
 
 def check_unchanged(config: Config, run_folder: UPath) -> None:
-    """ConfigError, naming the first one, if decisive settings differ from those that the run was started with."""
+    """ConfigError with the difference, if decisive settings are not those that the run was started with."""
     if not (run_folder / FILE).exists():
         return
     before, now = run_config(run_folder).decisive(), config.decisive()
     allowed = set(config.run.allow_config_change)
     changed = [key for key in now if now[key] != before.get(key) and key not in allowed]
     if changed:
-        key = changed[0]
-        more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
+        differences = [text for key in changed for text in _differences(key, before.get(key), now[key])]
+        more = f" and {len(differences) - SHOWN} more" if len(differences) > SHOWN else ""
         raise ConfigError(
-            f"{key} is {now[key]!r}, and run {config.run.name!r} was started with {before.get(key)!r}{more}: "
-            f"give the run another name, or allow it with run.allow_config_change='[{key}]'"
+            f"run {config.run.name!r} was started with other settings: {', '.join(differences[:SHOWN])}{more}; "
+            f"give the run another name, or allow what changed with run.allow_config_change='[{', '.join(changed)}]'"
         )
+
+
+def _differences(key: str, before: Any, now: Any) -> list[str]:
+    """`key: old → new`, of a mapping for each of its own keys that differ; long values are cut."""
+    if before == now:
+        return []
+    if isinstance(before, dict) and isinstance(now, dict):
+        keys = dict.fromkeys([*before, *now])
+        return [text for name in keys for text in _differences(f"{key}.{name}", before.get(name), now.get(name))]
+    old, new = (text if len(text) <= LONG else f"{text[:LONG]}…" for text in (repr(before), repr(now)))
+    return [f"{key}: {old} → {new}"]

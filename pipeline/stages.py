@@ -5,16 +5,11 @@ from upath import UPath
 from pipeline.config import Config, ConfigError, local_path
 from pipeline.run_config import check_unchanged
 from pipeline.session import ray_session, run_where_the_gpus_are
-from pipeline.storage import run_folder
+from pipeline.storage import json_bytes, run_folder
 
 
 def run_stages(config: Config, command: str) -> int:
-    """Runs one stage, or all of them for "run"; 0, or 1 if an audit finds something.
-
-    ConfigError, one line, for what the user can mend.
-    """
-    if command == "audit":
-        return _audit(config)
+    """Runs one stage, or all of them for "run"; 0. ConfigError, one line, for what the user can mend."""
     check_model(config)
     folder = run_folder(config)
     check_unchanged(config, folder)
@@ -82,14 +77,18 @@ def _evaluate(config: Config, folder: UPath) -> None:
     tracker.close("FINISHED")
 
 
-def _audit(config: Config) -> int:
+def audit(config: Config, folder: UPath, as_json: bool) -> int:
+    """Audits a run, which may be going on; 0, or 1 if something was found. as_json: prints that and nothing else."""
     from rich.console import Console
 
     from pipeline.audit import audit_run
-    from pipeline.audit_report import audit_table, write_report
+    from pipeline.audit_report import audit_json, audit_table, write_report
 
-    folder = run_folder(config)
     result = audit_run(config, folder)
-    Console().print(audit_table(result))
-    print(f"written to {write_report(folder, result)}")
+    written = write_report(folder, result)
+    if as_json:
+        print(json_bytes(audit_json(result)).decode(), end="")
+    else:
+        Console().print(audit_table(result))
+        print(f"written to {written}")
     return 0 if result.whole else 1

@@ -29,7 +29,7 @@ CONFLICT_WAIT_S = 0.2
 def storage_root(config: Config) -> UPath:
     """`run.storage` as an absolute path; ConfigError if it cannot be written, listed or committed to."""
     text = config.run.storage
-    root = UPath(text) if "://" in text else UPath(os.path.abspath(os.path.expanduser(text)))
+    root = absolute_path(text)
     try:
         probe = root / f".probe-{uuid.uuid4().hex}"
         first, second = create_once(probe, b"longlora"), create_once(probe, b"again")
@@ -44,6 +44,11 @@ def storage_root(config: Config) -> UPath:
             f"run.storage = {text!r}: cannot be written ({_words(error)}); give a writable folder or URI"
         ) from None
     return root
+
+
+def absolute_path(text: str) -> UPath:
+    """A URI, or a local path made absolute."""
+    return UPath(text) if "://" in text else UPath(os.path.abspath(os.path.expanduser(text)))
 
 
 def run_folder(config: Config) -> UPath:
