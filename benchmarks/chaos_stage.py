@@ -19,7 +19,7 @@ from spot_cluster import SLOT, DisturbedRun, SpotCluster, send, workers_of
 from upath import UPath
 
 from pipeline.config import load_config
-from pipeline.ledger import Event, StepRecord
+from pipeline.ledger import Event
 
 STEPS_EACH = 14
 """Steps of a run for each disturbance."""
@@ -265,7 +265,7 @@ def play(stage: Stage, count: int, seed: int) -> list[Disturbance]:
 
 
 def _disturb(stage: Stage, kind: Kind) -> Disturbance:
-    began, attempt, step = time.time(), attempt_of(stage), _last_step(stage)
+    began, attempt, step = time.time(), attempt_of(stage), stage.run.trained()
     acted = kind(stage)
     if acted is not None:
         stage.run.wait_for(
@@ -277,10 +277,6 @@ def _disturb(stage: Stage, kind: Kind) -> Disturbance:
 
 def attempt_of(stage: Stage) -> int:
     return stage.run.newest()[0]
-
-
-def _last_step(stage: Stage) -> int:
-    return max((line.step for line in stage.run.newest()[1] if isinstance(line, StepRecord)), default=0)
 
 
 def _saved_since_the_notice(stage: Stage) -> bool:

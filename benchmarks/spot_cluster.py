@@ -150,6 +150,10 @@ class DisturbedRun:
                 workers, steps = 0, 0
         return workers, steps
 
+    def trained(self) -> int:
+        """The last step of the newest attempt; -1 before the first."""
+        return max((line.step for line in self.newest()[1] if isinstance(line, StepRecord)), default=-1)
+
     def trains(self, workers: int, steps: int = 1) -> bool:
         """Whether so many workers are in training, and have trained so many steps since they started."""
         now, trained = self.steps_since_start()
