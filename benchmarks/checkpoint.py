@@ -65,10 +65,13 @@ class Rank:
         return trainable_report(self.network).trainable, self.target.nbytes
 
     def reserve(self) -> float:
+        """Seconds in which the memory for snapshots is taken."""
+
         def reserved() -> None:
             self.writer.reserve(self.fragments)
             self.writer.wait()
 
+        self.without_writer = memory_since_reset(reset=True)
         return timed(reserved)
 
     def copy(self) -> float:
@@ -76,13 +79,13 @@ class Rank:
         return timed(lambda: self.target.copy_(self.source))
 
     def save(self, step: int, attempt: int) -> dict[str, float]:
-        """Unix time when training goes on, seconds that it was held up, and MB of memory taken until all is done."""
+        """Seconds that training was held up, Unix times when it goes on and when all is done, MB that saving takes."""
         state = RunState(step, step, "packs", "base", "config", attempt, eval_loss=None)
-        before = memory_since_reset(reset=True)
+        memory_since_reset(reset=True)
         blocked = timed(lambda: self.writer.save(state, iter(self.fragments), request=0))
         goes_on = time.time()
         self.writer.wait()
-        taken = memory_since_reset() - before
+        taken = memory_since_reset() - self.without_writer
         return {"blocked": blocked, "goes_on": goes_on, "done": time.time(), "memory": taken / 1e6}
 
     def plain_write(self, sizes: list[int]) -> float:
@@ -166,7 +169,7 @@ class Pair:
             "blocked": max(rank["blocked"] for rank in ranks),
             "write": (self._checkpoint(step) / "manifest.json").stat().st_ctime - goes_on,
             "with_deletion": max(rank["done"] for rank in ranks) - goes_on,
-            **{f"memory_{number}": rank["memory"] for number, rank in enumerate(ranks)},
+            **{f"memory_{number}": rank["memory"] for number, rank in enumerate(ranks)},  # MB, the snapshot included
         }
 
     def plain_write(self, step: int) -> float:
@@ -202,7 +205,8 @@ def measure(config: Config, rounds: int) -> tuple[dict[str, Any], list[dict[str,
         written = pair.bytes_of(rounds + 1)
         restores = [pair.both("restore") for _ in range(2)]
     facts = {
-        "parameters": f"{parameters / 1e6:.1f} M, of {WORLD_SIZE} ranks {' and '.join(f'{n / 1e6:.0f}' for n in local)} MB",
+        "parameters": f"{parameters / 1e6:.1f} M",
+        "state of the ranks": " and ".join(f"{size / 1e6:.0f} MB" for size in local),
         "bytes": round(written / sum(local), 5),
         "copy": f"{max(local) / statistics.median(row['copy'] for row in rows) / 1e9:.1f} GB/s a rank",
         "plain write": f"{written / statistics.median(row['plain'] for row in rows) / 1e9:.2f} GB/s",
@@ -234,6 +238,7 @@ def settings(scratch: str, shape: dict[str, int]) -> Config:
     size = {"intermediate_size": shape["hidden_size"], "num_key_value_heads": shape["num_attention_heads"]}
     base = {"model_type": "llama", "tie_word_embeddings": False, **size, **shape}
     overrides = [f"run.storage={scratch}", "run.name=checkpoint", "model.base=null", f"model.architecture={base}"]
+    overrides += ["model.tokenizer=examples/tiny-llama"]  # a config names one
     overrides += ["workers.gpus=0", f"workers.max={WORLD_SIZE}", f"workers.min={WORLD_SIZE}"]
     return load_config(None, [*overrides, "checkpoint.keep_last=1", "checkpoint.keep_best=0", "adapter.rank=8"])
 

@@ -106,6 +106,7 @@ class Worker:
             checkpoints.check_resumable(state, self.packs.fingerprint, self.assignment.base_fingerprint)
             self.engine.write_state(checkpoints.read_parameters(folder, self.network), state.step)
             step = state.step
+        self.writer.reserve(self.engine.local_state())
         started = [0]
         if self.rank == 0:
             details = {

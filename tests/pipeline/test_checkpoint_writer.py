@@ -29,6 +29,7 @@ class Log:
     def __init__(self) -> None:
         self.parts: dict[int, Any] = {}
         self.told: list[tuple[int, int]] = []
+        self.held_up: list[float] = []
         self.lock = threading.Lock()
 
     def __getattr__(self, name: str) -> Any:
@@ -48,6 +49,7 @@ class Log:
     def do_checkpointed(self, save: tuple[int, int], request: int, details: dict[str, Any]) -> None:
         self.parts = {}
         self.told.append((save[1], request))
+        self.held_up.append(details["seconds"])
 
 
 @pytest.fixture(autouse=True)
@@ -124,6 +126,19 @@ def test_training_may_change_the_state_while_it_is_written(tmp_path: Path) -> No
     assert all(torch.equal(restored[name].master, expected[name]) for name in expected)
 
 
+def test_a_snapshot_uses_the_memory_that_was_reserved(tmp_path: Path) -> None:
+    model = network()
+    [writer] = writers(tmp_path, Log(), 1, model)
+    held = held_by(0, 1, whole_state(model, 0))
+    writer.reserve(held)
+    writer.wait()
+    reserved = {name: fragment.state.master.data_ptr() for name, fragment in writer._host.items()}
+    assert reserved.keys() == dict(held).keys()
+    writer.save(run_state(1), held, 0)
+    writer.wait()
+    assert {name: fragment.state.master.data_ptr() for name, fragment in writer._host.items()} == reserved
+
+
 def test_nothing_is_committed_until_every_rank_has_written(tmp_path: Path) -> None:
     model, log = network(), Log()
     state = whole_state(model, seed=0)
@@ -190,6 +205,7 @@ def test_a_save_waits_for_the_one_before(tmp_path: Path, monkeypatch: pytest.Mon
     second.join()
     writer.wait()
     assert log.told == [(1, 0), (2, 0)]
+    assert log.held_up[1] > 0.2, "the seconds of waiting are counted"
 
 
 def test_bytes_are_those_of_masters_and_moments(tmp_path: Path) -> None:

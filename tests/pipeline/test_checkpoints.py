@@ -76,6 +76,15 @@ def test_what_is_saved_is_restored_bit_by_bit(tmp_path: Any, make: Any) -> None:
             assert torch.equal(getattr(restored[name], part), getattr(state, part)), (name, part)
 
 
+def test_the_same_calls_work_on_an_object_store(network: PeftModel) -> None:
+    run = UPath("memory://bucket/checkpoints-test")
+    parameters = random_state(network)
+    folder = checkpoints.save(run, STATE, network, parameters)
+    assert checkpoints.newest(run) == folder
+    restored = checkpoints.read_parameters(folder, network)
+    assert all(torch.equal(restored[name].exp_avg, state.exp_avg) for name, state in parameters.items())
+
+
 def test_peft_loads_the_adapter_with_the_trained_weights(tmp_path: Any, network: PeftModel) -> None:
     parameters = random_state(network)
     folder = checkpoints.save(UPath(tmp_path), STATE, network, parameters)
@@ -152,6 +161,19 @@ def test_what_cannot_be_restored_is_cleared_away(tmp_path: Any, network: PeftMod
     assert checkpoints.discard_uncommitted(run) == [6, 9]
     assert [path.name for path in (run / "checkpoints").iterdir()] == [good.name]
     checkpoints.save(run, replace(STATE, step=6), network, random_state(network))
+
+
+def test_what_is_older_than_the_restored_checkpoint_is_not_read_again(
+    tmp_path: Any, network: PeftModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = UPath(tmp_path)
+    for step in (3, 6, 9):
+        checkpoints.save(run, replace(STATE, step=step), network, random_state(network))
+    (run / "checkpoints" / "step-3" / "config.json").unlink()
+    (run / "checkpoints" / "step-9" / "config.json").write_bytes(b"{}")
+    restored = checkpoints.newest(run)
+    monkeypatch.setattr(checkpoints, "file_digest", None)
+    assert checkpoints.discard_uncommitted(run, restored) == [3, 9], "sizes tell"
 
 
 def test_a_step_is_committed_once(tmp_path: Any, network: PeftModel) -> None:
