@@ -49,8 +49,12 @@ def ray_session(config: Config) -> Iterator[None]:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     variables = worker_environment(config.workers.zero_stage)
     environment = {"env_vars": {"PYTHONPATH": str(REPOSITORY), "PATH": path, **variables}}
+    quiet: dict[str, Any] = {
+        "log_to_driver": False,  # the run's status line says what happens; workers' output is in Ray's log folder
+        "logging_level": logging.ERROR,
+    }
     if on_cluster():
-        ray.init(runtime_env=environment, logging_level=logging.ERROR)
+        ray.init(runtime_env=environment, **quiet)
     else:
         # Worker CPUs are a number to Ray, not a reservation of cores: a laptop with fewer can still run the recipe.
         workers = int(config.workers.max * config.workers.cpus)
@@ -59,8 +63,7 @@ def ray_session(config: Config) -> Iterator[None]:
             num_cpus=max(workers + 1, os.cpu_count() or 1),
             include_dashboard=False,
             runtime_env=environment,
-            log_to_driver=False,  # the run's status line says what happens; workers' output is in Ray's log folder
-            logging_level=logging.ERROR,
+            **quiet,
         )
     try:
         yield

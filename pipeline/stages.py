@@ -3,6 +3,7 @@
 from upath import UPath
 
 from pipeline.config import Config, ConfigError, local_path
+from pipeline.lease import refuse_if_held
 from pipeline.run_config import check_unchanged
 from pipeline.session import ray_session, run_where_the_gpus_are
 from pipeline.storage import json_bytes, run_folder
@@ -10,9 +11,11 @@ from pipeline.storage import json_bytes, run_folder
 
 def run_stages(config: Config, command: str) -> int:
     """Runs one stage, or all of them for "run"; 0. ConfigError, one line, for what the user can mend."""
-    check_model(config)
     folder = run_folder(config)
     check_unchanged(config, folder)
+    if command in ("run", "train"):
+        refuse_if_held(folder)
+    check_model(config)  # last of what is checked: it takes seconds to import
     if command in ("run", "prepare", "train"):
         _prepare_and_train(config, folder, train=command != "prepare")
     if command in ("run", "evaluate"):
@@ -47,11 +50,8 @@ def check_model(config: Config) -> None:
 
 
 def _prepare_and_train(config: Config, folder: UPath, train: bool) -> None:
-    from pipeline.lease import refuse_if_held
     from pipeline.prepare import prepare, wanted_packs
 
-    if train:
-        refuse_if_held(folder)
     wanted = wanted_packs(config)  # before Ray starts: a missing file is found in a second
     with ray_session(config):
         if not train:
@@ -65,16 +65,9 @@ def _prepare_and_train(config: Config, folder: UPath, train: bool) -> None:
 
 def _evaluate(config: Config, folder: UPath) -> None:
     from pipeline.evaluation import evaluate
-    from pipeline.tracking import Tracker
+    from pipeline.tracking import deliver
 
-    evaluated = run_where_the_gpus_are(config, evaluate, config, folder)
-    if evaluated is None:
-        return
-    tracker = Tracker(config, folder)
-    if not tracker.has(evaluated.metrics, evaluated.step):
-        tracker.metrics(evaluated.metrics, evaluated.step)
-        tracker.artifacts(folder / "evaluation")
-    tracker.close("FINISHED")
+    deliver(config, folder, run_where_the_gpus_are(config, evaluate, config, folder))
 
 
 def audit(config: Config, folder: UPath, as_json: bool) -> int:
