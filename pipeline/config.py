@@ -7,11 +7,14 @@ is imported; what the resolved file says is what is saved with the run, logged t
 import difflib
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from pipeline.tracking_uri import check_tracking_uri
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 DEFAULT_CONFIG = REPOSITORY / "configs" / "quickstart.yaml"
@@ -181,6 +184,8 @@ class Workers(Section):
     """Failures without notice after which the run gives up; preemptions do not count. -1 never gives up."""
     resize_interval_s: Annotated[float, Field(gt=0)] = 60
     """How often an elastic run looks for more nodes, in seconds."""
+    hang_timeout_s: Annotated[float, Field(gt=0)] = 120
+    """A worker that gives no sign of life for so long, in seconds, counts as lost."""
 
     @model_validator(mode="after")
     def range_is_one(self) -> Self:
@@ -221,6 +226,12 @@ class Tracking(Section):
     experiment: str = "longlora"
     """MLflow experiment."""
 
+    @model_validator(mode="after")
+    def usable_uri(self) -> Self:
+        if self.uri is not None:
+            check_tracking_uri(self.uri)
+        return self
+
 
 class Config(Section):
     """All sections; a YAML file gives those that differ from the defaults."""
@@ -236,6 +247,16 @@ class Config(Section):
     checkpoint: Checkpoint = Checkpoint()
     evaluation: Evaluation = Evaluation()
     tracking: Tracking = Tracking()
+
+    @model_validator(mode="after")
+    def no_secrets(self) -> Self:
+        """What a config says is saved with the run and shown in MLflow."""
+        for key in ("run.storage", "data.train", "data.validation"):
+            if SECRET.search(str(self.flat()[key])):
+                raise ValueError(
+                    f"{key} has credentials in a URI: put them into the environment (AWS_ACCESS_KEY_ID, …)"
+                )
+        return self
 
     @model_validator(mode="after")
     def sections_agree(self) -> Self:
@@ -277,6 +298,7 @@ class Config(Section):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
+SECRET = re.compile(r"://[^/@\s]*:(?!\d+/)[^@\s]*@")  # s3://key:secret@bucket; a secret may hold slashes
 DECISIVE_SECTIONS = {"model", "context", "attention", "adapter", "optimization"}
 PATHS = {"model.base", "model.tokenizer", "model.revision"}
 

@@ -44,13 +44,16 @@ def show_progress(run_log: Any, finished: threading.Event) -> None:
 def _show(run_log: Any, finished: threading.Event) -> None:
     live = sys.stdout.isatty()
     with Live(refresh_per_second=4) if live else PlainLines() as display:
-        attempt, ended = 0, False
+        attempt, told, ended = 0, 0, False
         while not ended:
             ended = finished.wait(LIVE_INTERVAL_S if live else PLAIN_INTERVAL_S)
             status: Status = ray.get(run_log.status.remote())
             if status.attempt > attempt:
                 attempt = status.attempt
                 display.console.print(f"attention: {status.attention}", soft_wrap=True, highlight=False)
+            for message in status.messages[told:]:
+                display.console.print(message, soft_wrap=True, highlight=False, markup=False)
+            told = len(status.messages)
             display.update(status_line(status))
 
 

@@ -4,13 +4,14 @@ Workers come and go; what they trained is told here, once a step, by rank 0.
 """
 
 from collections import deque
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 from typing import Any
 
 from upath import UPath
 
 from pipeline.assignment import CheckpointRequest
-from pipeline.config import Config, ConfigError, parse_config
+from pipeline.config import ConfigError, parse_config
 from pipeline.lease import Holder, Lease
 from pipeline.ledger import Event, LedgerWriter, StepRecord
 from pipeline.tracking import Tracker, tracking_uri
@@ -37,6 +38,8 @@ class Status:
     """The attention backend, and why those preferred to it do not run."""
     error: str = ""
     """One line if the run must end: a mistake in config or data, or no memory, which trying again would not mend."""
+    messages: list[str] = field(default_factory=list)
+    """Lines for the user, in the order they came: an outage of MLflow, and its end."""
 
 
 class RunLog:
@@ -46,13 +49,12 @@ class RunLog:
         """driver: process id of the driver, on this machine. Raises ConfigError if another driver holds the run."""
         config = parse_config(config_values)
         self.folder = UPath(run_folder)
+        self.status_now = Status(steps=config.optimization.steps)
+        self.tracker = Tracker(config, tracking_uri(config), self.folder)
+        self._lost = False
         self.lease = Lease(self.folder, Holder.here(driver), lost=self._lease_lost)
         self.ledger = LedgerWriter(self.folder)
-        self.tracker = _tracker(config, self.folder)
-        self.status_now = Status(steps=config.optimization.steps)
-        # A step that is redone after a restart has the same metrics: MLflow gets each once.
-        self._logged = self.tracker.last_step("train/loss")
-        self._tokens_per_step = config.optimization.global_batch * config.context.length
+        self.tracker.start(self.ledger.attempt, say=self.status_now.messages.append)
         self._recent: deque[StepRecord] = deque(maxlen=RATE_WINDOW)
         self._before_the_first_attempt = [Event("driver", 0)]
         self._offers: dict[tuple[int, int], dict[int, tuple[Files, list[Any]]]] = {}
@@ -61,15 +63,21 @@ class RunLog:
         self._failed_with: tuple[str, int] = ("", -1)
         self._newest_checkpoint = -1
         self._may_commit = 0
+        self._last_save_s = 0.0
 
     def start_attempt(self, world_size: int, step: int, details: dict[str, Any]) -> int:
-        """A worker group has started and goes on from `step`; returns the attempt's number."""
+        """A worker group has started and goes on from `step`; returns the attempt's number.
+
+        ConfigError if MLflow's server has answered that it cannot be used, where no step has been trained yet.
+        """
+        if not self.status_now.attempt:
+            self._refuse_mistake()
         attempt = self._may_commit = self.ledger.start_attempt()
         for event in self._before_the_first_attempt:
-            self.ledger.write(event)
+            self._write(event)
         self._before_the_first_attempt.clear()
         self._answered, self._offers = self._request.number, {}  # those workers are gone
-        self.ledger.write(Event("start", step, details={"world_size": world_size, **details}))
+        self._write(Event("start", step, details={"world_size": world_size, **details}))
         self._recent.clear()
         status = self.status_now
         status.phase, status.step, status.world_size, status.attempt = TRAINING, step, world_size, attempt
@@ -78,32 +86,18 @@ class RunLog:
 
     def step(self, record: StepRecord) -> None:
         """A step is done."""
-        self.ledger.write(record)
+        self._write(record)
         self._recent.append(record)
         status = self.status_now
         status.step, status.loss, status.world_size = record.step + 1, record.loss, record.world_size
         seconds = sum(r.seconds for r in self._recent)
         status.tokens_per_second = sum(r.tokens for r in self._recent) / seconds
         status.remaining_s = (status.steps - status.step) * seconds / len(self._recent)
-        if record.step > self._logged:
-            self._logged = record.step
-            self.tracker.metrics(
-                {
-                    "train/loss": record.loss,
-                    "train/learning_rate": record.learning_rate,
-                    "train/gradient_norm": record.gradient_norm,
-                    "train/tokens_per_second": record.tokens / record.seconds,
-                    "train/world_size": record.world_size,
-                },
-                step=record.step,
-                tokens=(record.step + 1) * self._tokens_per_step,
-            )
 
     def evaluated(self, step: int, loss: float, tokens: int, seconds: float) -> None:
         """The validation loss after `step` steps, a mean over `tokens` target tokens."""
         self.status_now.eval_loss = loss
-        self.ledger.write(Event("evaluation", step, details={"loss": loss, "tokens": tokens, "seconds": seconds}))
-        self.tracker.metrics({"eval/loss": loss}, step=step, tokens=step * self._tokens_per_step)
+        self._write(Event("evaluation", step, details={"loss": loss, "tokens": tokens, "seconds": seconds}))
 
     def checkpointed(self, save: tuple[int, int], request: int, details: dict[str, Any]) -> None:
         """A save, (attempt, step), is committed, an answer to the request of that number.
@@ -115,7 +109,7 @@ class RunLog:
         self._answered = max(self._answered, request)
         # A rank may have offered its part of the next save already.
         self._offers = {save: parts for save, parts in self._offers.items() if save[1] > step}
-        self._newest_checkpoint = step
+        self._newest_checkpoint, self._last_save_s = step, details["write_seconds"]
         self.event("checkpoint", step, details)
 
     def offer(self, save: tuple[int, int], rank: int, files: Files, masters: list[Any]) -> None:
@@ -157,6 +151,20 @@ class RunLog:
             self.status_now.phase = "recovering"
         self.event(event, self.status_now.step, details)
 
+    def noticed(self, details: dict[str, Any]) -> None:
+        """A worker's machine is about to be taken away: the workers save the step that they are in."""
+        self.happened("notice", details)
+        self.ask_for_checkpoint()
+
+    def save_seconds(self) -> float:
+        """How long before a deadline the last checkpoint must be asked for: two steps and twice the last save."""
+        step = max((record.seconds for record in self._recent), default=0.0)
+        return 2 * (step + self._last_save_s) + 2.0
+
+    def waiting(self, reason: str) -> None:
+        """Why no workers are started yet."""
+        self.status_now.phase = reason
+
     def final_error(self, repeated: str) -> str:
         """Why the run must end, or "": a worker named a reason, or the same error came twice without a checkpoint.
 
@@ -171,7 +179,7 @@ class RunLog:
         """Something happened after `step` steps."""
         line = Event(event, step, details=details)
         if self.status_now.attempt:
-            self.ledger.write(line)
+            self._write(line)
         else:
             self._before_the_first_attempt.append(line)
 
@@ -193,26 +201,44 @@ class RunLog:
     def status(self) -> Status:
         return self.status_now
 
-    def close(self, status: str) -> None:
-        """Ends the MLflow run as FINISHED, FAILED or KILLED, and the ledger."""
+    def close(self, status: str) -> str:
+        """Ends the MLflow run as FINISHED, FAILED or KILLED, and the ledger; one line if MLflow has not got all, or "".
+
+        A driver that has lost the run ends nothing but itself.
+        """
         try:
-            self.ledger.close()
-            self.tracker.close(status)
+            if not self._lost:
+                self._end(status)
+            with suppress(OSError):  # of a full disk, which has ended the run: its error is not this one
+                self.ledger.close()
+            return self.tracker.close()
         finally:
             self.lease.release()
+
+    def _write(self, line: StepRecord | Event) -> None:
+        self.ledger.write(line)
+        self.tracker.take(self.ledger.attempt, line)
+
+    def _end(self, status: str) -> None:
+        """Tells MLflow also where the ledger has no attempt to write it into, or no room on its disk."""
+        line = Event("end", self.status_now.step, details={"status": status})
+        with suppress(OSError):
+            if self.status_now.attempt:
+                self.ledger.write(line)
+        self.tracker.take(self.ledger.attempt, line)
+
+    def _refuse_mistake(self) -> None:
+        try:
+            self.tracker.refuse_mistake()
+        except ConfigError as error:
+            self.fail(str(error))
+            raise
 
     def _check_current(self, attempt: int) -> None:
         if attempt != self._may_commit:
             raise RuntimeError(f"the workers of attempt {attempt} have been replaced")
 
     def _lease_lost(self) -> None:
+        self._lost = True
+        self.tracker.give_up()
         self.fail("another driver has taken over this run")
-
-
-def _tracker(config: Config, folder: UPath) -> Tracker:
-    """The run's Tracker; ConfigError if MLflow cannot be used, whatever it and its database raise."""
-    try:
-        return Tracker(config, folder)
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(f"MLflow at {tracking_uri(config)!r} cannot be used: {reason}") from None

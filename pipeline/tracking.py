@@ -1,142 +1,208 @@
-"""MLflow: one run per training, whatever restarts; fed from the ledger, never in the way of a step."""
+"""MLflow, kept up to a run's ledger and never in the way of a step.
 
-import os
-import queue
-import tempfile
+A thread does all of it: it imports MLflow, finds or makes the run, asks what the server has, and sends what it lacks. A
+server that is down or slow delays that and nothing else. What is missing at the end is in the ledger, for the next
+`train` or `evaluate` of the run to deliver.
+
+Only a mistake refuses a run, and only before its first step: a URI that cannot be used (config.py; a SQLite file that
+cannot be opened, here), or an answer by which the server itself refuses (`mlflow_run.MISTAKES`: credentials, no MLflow
+at that address, an experiment or a run that is deleted). No answer is waited for; no connection, no answer in time and
+an internal error are outages, and so is anything after the first step.
+"""
+
+import sqlite3
 import threading
 import time
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable
+from contextlib import closing, suppress
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from upath import UPath
 
-from pipeline.config import Config
-from pipeline.storage import is_local, read_json, storage_root, write_json
+from pipeline.config import Config, ConfigError
+from pipeline.ledger import Event, StepRecord, read_ledger
+from pipeline.run_metrics import Point, RunMetrics
+from pipeline.storage import is_local, storage_root
 
-# Set before MLflow is imported: a tracking server that does not answer must cost seconds, not minutes.
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+if TYPE_CHECKING:  # both bring in what takes seconds to import
+    from pipeline.evaluation import Evaluated
+    from pipeline.mlflow_run import MlflowRun
 
-from mlflow import MlflowClient
-from mlflow.entities import Metric, Param
-
-PARAM_LIMIT = 6000  # characters of a param's value that MLflow accepts
-BATCH_LIMIT = 1000  # metrics in one request
+SEND_INTERVAL_S = 1.0
+"""Steps of this time are sent together."""
+FIRST_DELAY_S, LONGEST_DELAY_S = 1.0, 60.0
+"""Between tries to reach a server that does not take anything; doubled each time."""
+PATIENCE_S = 30.0
+"""How long the end of a run waits for the server."""
+POINTS_AT_ONCE = 1000
+UNUSABLE = ("SQLITE_CANTOPEN", "SQLITE_NOTADB", "SQLITE_READONLY", "SQLITE_PERM")
 
 
 def tracking_uri(config: Config) -> str:
-    """`tracking.uri`, or a SQLite file in local `run.storage` (an object store cannot hold one: then `~/longlora`)."""
-    if config.tracking.uri is not None:
-        return config.tracking.uri
+    """`tracking.uri`, or a SQLite file in local `run.storage` (an object store cannot hold one: then `~/longlora`).
+
+    ConfigError if it is a SQLite file that cannot be written.
+    """
     root = storage_root(config)
     folder = Path(str(root)) if is_local(root) else Path("~/longlora").expanduser()
-    folder.mkdir(parents=True, exist_ok=True)
-    return f"sqlite:///{folder}/mlflow.db"
+    uri = config.tracking.uri or f"sqlite:///{folder}/mlflow.db"
+    if uri.startswith("sqlite:///"):
+        _check_sqlite(uri)
+    return uri
+
+
+def deliver(config: Config, run_folder: UPath, evaluated: "Evaluated | None" = None) -> None:
+    """Brings MLflow up to the ledger and the evaluation of a run; prints one line if that is not possible now."""
+    if evaluated is None and not any(read_ledger(run_folder)):
+        return
+    line = Tracker(config, tracking_uri(config), run_folder, evaluated).close()
+    if line:
+        print(line, flush=True)
 
 
 class Tracker:
-    """The MLflow run of a training run. Its id is kept in `run.json`, so that a restart goes on with the same run.
+    """Keeps the MLflow run of a training run up to its ledger."""
 
-    Metrics are queued and sent by a thread; a server that is down or slow delays them and nothing else.
-    """
+    def __init__(self, config: Config, uri: str, run_folder: UPath, evaluated: "Evaluated | None" = None) -> None:
+        """evaluated: an evaluation to deliver too, whose files are in `<run>/evaluation`."""
+        self.config, self.uri, self.folder, self.evaluated = config, uri, run_folder, evaluated
+        self._attempts: int | None = None
+        self._lines: deque[tuple[int, StepRecord | Event]] = deque()
+        self._metrics: RunMetrics | None = None  # None until the ledger is read
+        self._points: list[Point] = []
+        self._run: MlflowRun | None = None
+        self._problem, self._mistake = "", ""
+        self._accepted = self._given_up = False
+        self._wake, self._closing = threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._keep_up, name="mlflow", daemon=True)
 
-    def __init__(self, config: Config, run_folder: UPath) -> None:
-        self.client = MlflowClient(tracking_uri(config))
-        self.run_id = _mlflow_run(self.client, config, run_folder)
-        self._queue: queue.Queue[list[Metric] | None] = queue.Queue()
-        self._thread = threading.Thread(target=self._send, name="mlflow", daemon=True)
+    def start(self, attempts: int, say: Callable[[str], None]) -> None:
+        """Begins. Lines of attempts after the first `attempts` come by `take`, not from the ledger.
+
+        `say` gets a line when the server begins to fail, and one when it is back.
+        """
+        self._attempts, self._say = attempts, say
         self._thread.start()
 
-    def metrics(self, values: dict[str, float], step: int, tokens: int | None = None) -> None:
-        """Queues metrics against the step and, where `tokens` (trained so far) is given, again against tokens.
+    def take(self, attempt: int, line: StepRecord | Event) -> None:
+        """A line that has been written to the ledger; never waits."""
+        # A step's sequences are not MLflow's, and most of the memory that an outage fills.
+        self._lines.append((attempt, replace(line, sequences=[]) if isinstance(line, StepRecord) else line))
+        self._wake.set()
 
-        The second series is `<name>_by_tokens`, whose step axis counts tokens.
-        """
-        now = int(time.time() * 1000)
-        metrics = [Metric(key, value, now, step) for key, value in values.items()]
-        if tokens is not None:
-            metrics += [Metric(f"{key}_by_tokens", value, now, tokens) for key, value in values.items()]
-        self._queue.put(metrics)
+    def refuse_mistake(self) -> None:
+        """ConfigError if the server has answered with one by now; from here on a mistake ends nothing."""
+        self._accepted = True
+        if self._mistake:
+            self.give_up()
+            raise ConfigError(self._mistake)
 
-    def last_step(self, metric: str) -> int:
-        """The last step of `metric` that the server has; -1 if it has none."""
-        return max((point.step for point in self.client.get_metric_history(self.run_id, metric)), default=-1)
+    def give_up(self) -> None:
+        """Sends nothing more: the run is refused, or another driver has it, and its metrics are that one's to send."""
+        self._given_up = True
+        self._closing.set()
+        self._wake.set()
 
-    def has(self, values: dict[str, float], step: int) -> bool:
-        """Whether the server has all these values at `step`."""
-        for key, value in values.items():
-            points = self.client.get_metric_history(self.run_id, key)
-            if (step, value) not in [(point.step, point.value) for point in points]:
-                return False
-        return True
+    def close(self) -> str:
+        """Tries once more to deliver what is left, for `PATIENCE_S` at most; one line if it stays, or ""."""
+        self._closing.set()
+        self._wake.set()
+        if self._thread.ident is None:
+            self._thread.start()
+        self._thread.join(PATIENCE_S)
+        problem = f"no answer in {PATIENCE_S:.0f} s" if self._thread.is_alive() else self._problem
+        if not problem or self._given_up:
+            return ""
+        return f"MLflow at {self.uri} has not got all of this run ({problem}): its next train or evaluate delivers it"
 
-    def artifacts(self, folder: UPath) -> None:
-        """Uploads the files of a folder, local or on an object store, under its name."""
-        with tempfile.TemporaryDirectory() as scratch:
-            if not is_local(folder):
-                folder.fs.get(folder.path, scratch, recursive=True)
-            local = str(folder) if is_local(folder) else str(Path(scratch) / folder.name)
-            self.client.log_artifacts(self.run_id, local, artifact_path=folder.name)
-
-    def close(self, status: str, patience_s: float = 30.0) -> None:
-        """Sends what is queued, waiting at most `patience_s`, and ends the run as FINISHED, FAILED or KILLED."""
-        self._queue.put(None)
-        self._thread.join(patience_s)
-        try:
-            self.client.set_terminated(self.run_id, status)
-        except Exception as error:  # the run has ended as it has, whether or not the server learns of it
-            print(f"MLflow was not told that the run is {status} ({type(error).__name__})", flush=True)
-
-    def _send(self) -> None:
-        while (metrics := self._queue.get()) is not None:
-            ended = False
-            while len(metrics) < BATCH_LIMIT and not self._queue.empty():
-                more = self._queue.get()
-                ended = more is None
-                if more is None:
-                    break
-                metrics += more
-            self._log_until_delivered(metrics)
-            if ended:
-                return
-
-    def _log_until_delivered(self, metrics: Sequence[Metric]) -> None:
-        delay = 1.0
-        while True:
+    def _keep_up(self) -> None:
+        delay, closing = FIRST_DELAY_S, False
+        while not closing and not self._given_up:
+            closing = self._closing.is_set()
             try:
-                for start in range(0, len(metrics), BATCH_LIMIT):
-                    self.client.log_batch(self.run_id, metrics=metrics[start : start + BATCH_LIMIT])
-                return
-            except Exception as error:
-                # Whatever a tracking server does, training goes on; what it missed is sent when it is back.
-                print(
-                    f"MLflow does not take metrics ({type(error).__name__}); trying again in {delay:.0f} s", flush=True
-                )
-                time.sleep(delay)
-                delay = min(60.0, 2 * delay)
+                self._bring_up_to_date_or_reconnect()
+            except Exception as error:  # whatever MLflow, the network or a database raises: training goes on
+                self._failed(error)
+                self._closing.wait(delay)
+                delay = min(LONGEST_DELAY_S, 2 * delay)
+            else:
+                self._succeeded()
+                delay = FIRST_DELAY_S
+                if not self._closing.wait(SEND_INTERVAL_S):
+                    self._wake.wait()
+
+    def _bring_up_to_date_or_reconnect(self) -> None:
+        """A failure with a server that took everything so far is looked at again: it closes connections that rest."""
+        if self._run is not None:
+            with suppress(Exception):
+                return self._bring_up_to_date()
+            self._run = None  # ask again what the server has: a request without an answer may have reached it
+        self._bring_up_to_date()
+
+    def _bring_up_to_date(self) -> None:
+        """Sends everything that there is to send."""
+        self._wake.clear()
+        if self._run is None:
+            from pipeline.mlflow_run import open_run
+
+            self._run = open_run(self.config, self.uri, self.folder)
+        if self._metrics is None:
+            self._metrics, self._points = self._read_ledger(self._run)
+        while self._lines or self._points:
+            while self._lines and len(self._points) < POINTS_AT_ONCE:
+                self._points += self._metrics.take(*self._lines.popleft())
+            self._run.send(self._points[:POINTS_AT_ONCE])
+            del self._points[:POINTS_AT_ONCE]
+        self._run.describe(self._metrics.tags(), self._metrics.status, self._metrics.ended)
+        self._run.keep_config(self.config)
+        if self.evaluated is not None:
+            step, values = self.evaluated.step, self.evaluated.metrics
+            self._run.keep_evaluation(self.folder / "evaluation", values, step, time.time())
+            if self._metrics.status is None:  # evaluated without having been trained here
+                self._run.describe({}, "FINISHED", time.time())
+
+    def _read_ledger(self, run: "MlflowRun") -> tuple[RunMetrics, list[Point]]:
+        """The state after the attempts that were there at the start, and what the server lacks of them."""
+        metrics, points = RunMetrics(self.config.optimization.global_batch * self.config.context.length), []
+        for attempt, line in read_ledger(self.folder):
+            if self._attempts is None or attempt <= self._attempts:
+                points += [point for point in metrics.take(attempt, line) if run.lacks(point)]
+        return metrics, points
+
+    def _failed(self, error: Exception) -> None:
+        self._run = None
+        self._mistake = str(error) if isinstance(error, ConfigError) else ""
+        known, self._problem = bool(self._problem), self._mistake or _reason(error)
+        if not known and not self._closing.is_set() and (self._accepted or not self._mistake):
+            self._say(
+                f"MLflow at {self.uri} fails ({self._problem}): training goes on, and what it misses is delivered "
+                "when it is back"
+            )
+
+    def _succeeded(self) -> None:
+        if self._problem and not self._closing.is_set():
+            self._say(f"MLflow at {self.uri} is back, and has everything")
+        self._mistake = self._problem = ""
 
 
-def _mlflow_run(client: MlflowClient, config: Config, run_folder: UPath) -> str:
-    """The run's id: that of `run.json`, or a new run with the config as params, recorded there."""
-    record = run_folder / "run.json"
-    known: dict[str, Any] = read_json(record) if record.exists() else {}
-    if "mlflow_run_id" in known:
-        client.update_run(known["mlflow_run_id"], status="RUNNING")
-        return known["mlflow_run_id"]
-    experiment = client.get_experiment_by_name(config.tracking.experiment)
-    experiment_id = experiment.experiment_id if experiment else _new_experiment(client, config)
-    run = client.create_run(experiment_id, run_name=config.run.name)
-    params = [Param(key, str(value)[:PARAM_LIMIT]) for key, value in config.flat().items()]
-    client.log_batch(run.info.run_id, params=params)
-    client.log_text(run.info.run_id, config.to_yaml(), "config.yaml")
-    write_json(record, {**known, "mlflow_run_id": run.info.run_id})
-    return run.info.run_id
+def _reason(error: BaseException) -> str:
+    """What is at the bottom of an error, in one line: transports wrap it several times."""
+    while inner := error.__cause__ or error.__context__:
+        error = inner
+    text = getattr(error, "strerror", None) or " ".join(str(error).split())
+    return text[:200] or type(error).__name__
 
 
-def _new_experiment(client: MlflowClient, config: Config) -> str:
-    """Creates the experiment; beside our own SQLite file its artefacts go there too, not to the working directory."""
-    uri = tracking_uri(config)
-    beside = None if config.tracking.uri else str(Path(uri.removeprefix("sqlite:///")).parent / "mlartifacts")
-    return client.create_experiment(config.tracking.experiment, artifact_location=beside)
+def _check_sqlite(uri: str) -> None:
+    """ConfigError if a SQLite file cannot be used; one that is locked, or on a disk that is full, may be later."""
+    path = Path(uri.removeprefix("sqlite:///"))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with closing(sqlite3.connect(path, timeout=0, isolation_level=None)) as database:
+            database.execute("BEGIN IMMEDIATE").execute("ROLLBACK")
+    except (OSError, sqlite3.Error) as error:
+        if isinstance(error, OSError) or getattr(error, "sqlite_errorname", "") in UNUSABLE:
+            raise ConfigError(f"MLflow at {uri!r} cannot be used: {error}") from None

@@ -57,6 +57,16 @@ def _text(words: int, seed: int) -> str:
 
 
 @pytest.fixture(scope="session")
+def mlflow_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty database of MLflow, to copy: making one takes seconds."""
+    from mlflow import MlflowClient
+
+    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    MlflowClient(f"sqlite:///{path}").search_experiments()
+    return path
+
+
+@pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a random Llama with a context of 256 tokens, and its byte-level tokenizer."""
     folder = tmp_path_factory.mktemp("base") / "tiny"

@@ -1,4 +1,8 @@
+import json
 import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -6,16 +10,18 @@ import pytest
 from mlflow import MlflowClient
 from upath import UPath
 
-from pipeline.config import ConfigError, parse_config
+from pipeline.config import REPOSITORY, ConfigError, parse_config
 from pipeline.ledger import Event, StepRecord, read_ledger
 from pipeline.run_log import RunLog
 from pipeline.storage import read_json
 
 STARTED = {"checkpoint": None, "attention": "sdpa"}
+SAVED = {"seconds": 0.5, "write_seconds": 1.0}
 
 
 @pytest.fixture
-def values(tmp_path: Path) -> dict[str, Any]:
+def values(tmp_path: Path, mlflow_database: Path) -> dict[str, Any]:
+    shutil.copy(mlflow_database, tmp_path / "mlflow.db")
     config = parse_config(
         {
             "run": {"name": "logged", "storage": str(tmp_path)},
@@ -95,12 +101,46 @@ def test_the_first_reason_to_end_counts(values: dict[str, Any], tmp_path: Path) 
     assert [event.details for event in events] == [{"error": "the loss is nan"}]
 
 
-def test_a_tracking_server_that_cannot_be_used_is_one_line(values: dict[str, Any], tmp_path: Path) -> None:
+def test_a_tracking_store_that_cannot_be_used_is_one_line(values: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     values["tracking"]["uri"] = f"sqlite:///{tmp_path}/file/mlflow.db"
     with pytest.raises(ConfigError, match=r"MLflow at 'sqlite:.*cannot be used") as caught:
         RunLog(values, str(tmp_path / "logged"), os.getpid())
     assert "\n" not in str(caught.value)
+    assert not (tmp_path / "logged" / "lease").exists(), "refused before it holds anything"
+
+
+def test_mlflow_is_not_waited_for(values: dict[str, Any], tmp_path: Path) -> None:
+    """It is imported beside the start of the workers, not before it."""
+    script = (
+        "import json, os, sys\n"
+        "from pipeline.run_log import RunLog\n"
+        "log = RunLog(json.loads(sys.argv[1]), sys.argv[2], os.getpid())\n"
+        "log.start_attempt(2, 0, {'attention': 'sdpa'})\n"
+        "print('mlflow.client' in sys.modules)\n"
+        "log.close('FINISHED')\n"
+        "print('mlflow.client' in sys.modules)\n"
+    )
+    command = [sys.executable, "-c", script, json.dumps(values), str(tmp_path / "logged")]
+    finished = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    assert finished.stdout.split() == ["False", "True"]
+
+
+def test_a_driver_that_has_lost_the_run_ends_only_itself(values: dict[str, Any], tmp_path: Path) -> None:
+    log = RunLog(values, str(tmp_path / "logged"), os.getpid())
+    log.start_attempt(2, 0, STARTED)
+    log._lease_lost()
+    assert log.close("FAILED") == ""
+    assert "end" not in [line.event for _, line in read_ledger(log.folder) if isinstance(line, Event)]
+
+
+def test_a_run_that_could_not_start_has_failed_in_mlflow(values: dict[str, Any], tmp_path: Path) -> None:
+    log = RunLog(values, str(tmp_path / "logged"), os.getpid())
+    log.fail("no worker could start")
+    assert log.close("FAILED") == ""
+    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    run_id = read_json(log.folder / "run.json")["mlflow_run_id"]
+    assert client.get_run(run_id).info.status == "FAILED"
 
 
 def test_a_checkpoint_is_asked_for_and_answered(values: dict[str, Any], tmp_path: Path) -> None:
@@ -110,9 +150,9 @@ def test_a_checkpoint_is_asked_for_and_answered(values: dict[str, Any], tmp_path
     assert log.request().number == 0
     asked = log.ask_for_checkpoint(hold=True)
     assert (log.request().number, log.request().hold) == (asked, True)
-    log.checkpointed((1, 3), 0, {"seconds": 0.5})  # one that was due anyway, before the workers heard of the request
+    log.checkpointed((1, 3), 0, SAVED)  # one that was due anyway, before the workers heard of the request
     assert not log.has_checkpointed(asked)
-    log.checkpointed((1, 4), asked, {"seconds": 0.5})
+    log.checkpointed((1, 4), asked, SAVED)
     assert log.has_checkpointed(asked) and log.request().number == 0
     log.close("FINISHED")
 
@@ -132,7 +172,7 @@ def test_the_same_error_twice_without_a_checkpoint_ends_the_run(values: dict[str
     log = RunLog(values, str(tmp_path / "logged"), os.getpid())
     log.start_attempt(2, 0, STARTED)
     assert log.final_error("KeyError: 'x'") == ""
-    log.checkpointed((1, 5), 0, {})
+    log.checkpointed((1, 5), 0, SAVED)
     assert log.final_error("KeyError: 'x'") == "", "there was progress"
     assert log.final_error("") == "", "a worker that died says nothing about our code"
     assert log.final_error("KeyError: 'x'") == ""
@@ -147,7 +187,7 @@ def test_what_happened_before_the_first_attempt_is_kept(values: dict[str, Any], 
     log.start_attempt(2, 0, STARTED)
     log.close("FINISHED")
     events = [line.event for _, line in read_ledger(log.folder) if isinstance(line, Event)]
-    assert events == ["driver", "workers", "start"]
+    assert events == ["driver", "workers", "start", "end"]
 
 
 def test_what_a_fast_rank_offers_for_the_next_save_is_kept(values: dict[str, Any], tmp_path: Path) -> None:
@@ -156,7 +196,7 @@ def test_what_a_fast_rank_offers_for_the_next_save_is_kept(values: dict[str, Any
     log.offer((1, 5), 0, {}, [])
     log.offer((1, 5), 1, {}, [])
     log.offer((1, 6), 1, {}, [])
-    log.checkpointed((1, 5), 0, {})
+    log.checkpointed((1, 5), 0, SAVED)
     assert (log.offers((1, 5)), list(log.offers((1, 6)))) == ({}, [1])
     log.start_attempt(2, 5, STARTED)
     assert log.offers((1, 6)) == {}, "of workers that are gone"
@@ -184,5 +224,5 @@ def test_workers_that_were_replaced_commit_nothing(values: dict[str, Any], tmp_p
     log.start_attempt(2, 5, STARTED)
     log.sync(2)
     with pytest.raises(RuntimeError, match="attempt 1"):
-        log.checkpointed((1, 6), 0, {"write_seconds": 1.0})
+        log.checkpointed((1, 6), 0, SAVED)
     log.close("FINISHED")

@@ -1,5 +1,8 @@
-"""MLflow with its default store, a SQLite file beside the runs."""
+"""MLflow with its default store, a SQLite file beside the runs; with a server: tests/integration."""
 
+import shutil
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -7,12 +10,17 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 from upath import UPath
 
-from pipeline.config import Config, parse_config
-from pipeline.tracking import Tracker, tracking_uri
+from pipeline import tracking
+from pipeline.config import Config, ConfigError, parse_config
+from pipeline.evaluation import Evaluated
+from pipeline.ledger import Event, LedgerWriter, StepRecord
+from pipeline.storage import read_json, write_json
+from pipeline.tracking import Tracker, deliver, tracking_uri
 
 
 @pytest.fixture
-def config(tmp_path: Path) -> Config:
+def config(tmp_path: Path, mlflow_database: Path) -> Config:
+    shutil.copy(mlflow_database, tmp_path / "mlflow.db")
     return parse_config(
         {
             "run": {"name": "tracked", "storage": str(tmp_path)},
@@ -31,6 +39,23 @@ def folder(tmp_path: Path) -> UPath:
     return UPath(tmp_path) / "tracked"
 
 
+def record(step: int) -> StepRecord:
+    fields = {"world_size": 1, "first_position": 2 * step, "sequences": [0, 1], "token_hash": "00", "target_tokens": 9}
+    return StepRecord(step=step, loss=2.0 + step, time=100.0 + step, seconds=1.0, **fields)  # type: ignore[arg-type]
+
+
+def attempt(folder: UPath, steps: range, status: str | None) -> None:
+    """An attempt in the ledger; without a status as a killed driver leaves it."""
+    ledger = LedgerWriter(folder)
+    ledger.start_attempt()
+    ledger.write(Event("start", steps.start, details={"world_size": 1}))
+    for step in steps:
+        ledger.write(record(step))
+    if status:
+        ledger.write(Event("end", steps.stop, time=200.0, details={"status": status}))
+    ledger.close()
+
+
 def runs(config: Config) -> list[Run]:
     client = MlflowClient(tracking_uri(config))
     experiment = client.get_experiment_by_name("longlora")
@@ -39,28 +64,35 @@ def runs(config: Config) -> list[Run]:
 
 
 def history(config: Config, metric: str) -> list[tuple[int, float]]:
-    points = MlflowClient(tracking_uri(config)).get_metric_history(runs(config)[0].info.run_id, metric)
+    [run] = runs(config)
+    points = MlflowClient(tracking_uri(config)).get_metric_history(run.info.run_id, metric)
     return sorted((point.step, point.value) for point in points)
 
 
-def test_a_restart_goes_on_with_the_same_run(config: Config, folder: UPath) -> None:
-    first = Tracker(config, folder)
-    first.metrics({"train/loss": 2.5}, step=0, tokens=8192)
-    first.close("FAILED")
-    assert runs(config)[0].info.status == "FAILED"
-    second = Tracker(config, folder)
-    assert second.last_step("train/loss") == 0
-    second.metrics({"train/loss": 2.25}, step=1, tokens=16384)
-    second.close("FINISHED")
-
+def test_what_the_ledger_has_is_delivered_once(config: Config, folder: UPath) -> None:
+    attempt(folder, range(2), status=None)
+    deliver(config, folder)
+    assert runs(config)[0].info.status == "RUNNING", "as far as the ledger tells"
+    attempt(folder, range(1, 3), status="FINISHED")
+    for _ in range(2):
+        deliver(config, folder)
     [run] = runs(config)
-    assert (run.info.run_name, run.info.status) == ("tracked", "FINISHED")
-    assert history(config, "train/loss") == [(0, 2.5), (1, 2.25)]
-    assert history(config, "train/loss_by_tokens") == [(8192, 2.5), (16384, 2.25)]
+    assert (run.info.run_name, run.info.status, run.info.end_time) == ("tracked", "FINISHED", 200_000)
+    assert run.info.run_id == read_json(folder / "run.json")["mlflow_run_id"]
+    assert history(config, "train/loss") == [(0, 2.0), (1, 3.0), (2, 4.0)]
+    assert history(config, "train/loss_by_tokens") == [(8192, 2.0), (16384, 3.0), (24576, 4.0)]
+    assert run.data.tags["longlora.attempts"] == "2"
+
+
+def test_more_points_than_one_request_takes(config: Config, folder: UPath) -> None:
+    attempt(folder, range(300), status="FINISHED")  # 12 points each
+    deliver(config, folder)
+    assert [step for step, _ in history(config, "train/loss")] == list(range(300))
 
 
 def test_every_setting_is_a_param_and_the_config_an_artifact(config: Config, folder: UPath, tmp_path: Path) -> None:
-    Tracker(config, folder).close("FINISHED")
+    attempt(folder, range(1), status="FINISHED")
+    deliver(config, folder)
     [run] = runs(config)
     assert run.data.params == {key: str(value) for key, value in config.flat().items()}
     client = MlflowClient(tracking_uri(config))
@@ -69,26 +101,123 @@ def test_every_setting_is_a_param_and_the_config_an_artifact(config: Config, fol
     assert (tmp_path / "mlartifacts").is_dir(), "artifacts belong beside the database, not into the working directory"
 
 
-def test_a_folder_becomes_artifacts_under_its_name(config: Config, folder: UPath) -> None:
+@pytest.mark.parametrize("lost", ["mlflow_run_id", "mlflow_key"])
+def test_a_crash_beside_the_making_of_the_run_leaves_one_run(config: Config, folder: UPath, lost: str) -> None:
+    """Without the id: after the run was made. Without the key: a run of a version that had none."""
+    attempt(folder, range(1), status=None)
+    deliver(config, folder)
+    known = read_json(folder / "run.json")
+    write_json(folder / "run.json", {key: value for key, value in known.items() if key != lost})
+    deliver(config, folder)
+    assert len(runs(config)) == 1
+    assert read_json(folder / "run.json")["mlflow_run_id"] == known["mlflow_run_id"]
+
+
+def test_of_two_runs_with_the_key_the_first_stays(config: Config, folder: UPath) -> None:
+    """An answer that was lost: the request was sent again, and the server obeyed both."""
+    attempt(folder, range(1), status=None)
+    deliver(config, folder)
+    [first] = runs(config)
+    known = read_json(folder / "run.json")
+    client = MlflowClient(tracking_uri(config))
+    client.create_run(first.info.experiment_id, tags={"longlora.run": known["mlflow_key"]})
+    write_json(folder / "run.json", {"mlflow_key": known["mlflow_key"]})
+    deliver(config, folder)
+    assert [run.info.run_id for run in runs(config)] == [first.info.run_id]
+
+
+def test_another_server_gets_the_whole_run(config: Config, folder: UPath, tmp_path: Path) -> None:
+    attempt(folder, range(2), status="FINISHED")
+    deliver(config, folder)
+    other = config.model_copy(
+        update={"tracking": config.tracking.model_copy(update={"uri": f"sqlite:///{tmp_path}/other/mlflow.db"})}
+    )
+    (tmp_path / "other").mkdir()
+    with closing(sqlite3.connect(tmp_path / "mlflow.db")) as source:
+        source.execute("VACUUM INTO ?", [str(tmp_path / "other" / "mlflow.db")])
+    with closing(sqlite3.connect(tmp_path / "other" / "mlflow.db")) as database, database:
+        for table in ("metrics", "latest_metrics", "params", "tags", "runs"):
+            database.execute(f"DELETE FROM {table}")
+    deliver(other, folder)
+    assert history(other, "train/loss") == [(0, 2.0), (1, 3.0)]
+    deliver(config, folder)
+    assert len(runs(config)) == 1, "and the first is found again by its key"
+
+
+def test_an_evaluation_is_delivered_with_its_files_once(config: Config, folder: UPath) -> None:
     (folder / "evaluation").mkdir()
     (folder / "evaluation" / "perplexity.json").write_text("[]")
-    tracker = Tracker(config, folder)
-    tracker.artifacts(folder / "evaluation")
-    tracker.close("FINISHED")
+    for value in (38.2, 38.2, 36.7):  # the last measured with other settings
+        deliver(config, folder, Evaluated(40, {"eval/perplexity_512": value, "eval/perplexity_4096": 36.7}))
     [run] = runs(config)
+    assert run.info.status == "FINISHED"
     listed = MlflowClient(tracking_uri(config)).list_artifacts(run.info.run_id, "evaluation")
     assert [file.path for file in listed] == ["evaluation/perplexity.json"]
+    assert history(config, "eval/perplexity_512") == [(40, 36.7), (40, 38.2)]
 
 
-def test_it_knows_which_values_the_server_has(config: Config, folder: UPath) -> None:
-    tracker = Tracker(config, folder)
-    assert tracker.last_step("train/loss") == -1
-    values = {"eval/perplexity_512": 38.2, "eval/perplexity_4096": 36.7}
-    assert not tracker.has(values, 40)
-    tracker.metrics(values, 40)
-    tracker.close("FINISHED")
-    tracker = Tracker(config, folder)
-    assert tracker.has(values, 40)
-    assert not tracker.has(values, 30)
-    assert not tracker.has(values | {"eval/perplexity_512": 38.3}, 40)
-    tracker.close("FINISHED")
+def test_nothing_is_made_for_a_run_without_a_ledger(config: Config, folder: UPath) -> None:
+    deliver(config, folder)
+    assert not (folder / "run.json").exists()
+
+
+def test_an_outage_is_one_line(config: Config, folder: UPath, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    attempt(folder, range(2), status="FINISHED")
+    with closing(sqlite3.connect(tmp_path / "mlflow.db", isolation_level=None)) as database:
+        database.execute("BEGIN EXCLUSIVE")
+        deliver(config, folder)
+    [line] = capsys.readouterr().out.splitlines()
+    assert line == (
+        f"MLflow at sqlite:///{tmp_path}/mlflow.db has not got all of this run (database is locked): "
+        "its next train or evaluate delivers it"
+    )
+    deliver(config, folder)
+    assert history(config, "train/loss") == [(0, 2.0), (1, 3.0)]
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("deleted", ["experiment", "run"])
+def test_what_is_deleted_is_a_mistake(
+    config: Config, folder: UPath, deleted: str, capsys: pytest.CaptureFixture
+) -> None:
+    attempt(folder, range(1), status="FINISHED")
+    deliver(config, folder)
+    [run] = runs(config)
+    client = MlflowClient(tracking_uri(config))
+    if deleted == "experiment":
+        client.delete_experiment(run.info.experiment_id)
+        (folder / "run.json").unlink()
+    else:
+        client.delete_run(run.info.run_id)
+    said: list[str] = []
+    tracker = Tracker(config, tracking_uri(config), folder)
+    tracker.start(attempts=1, say=said.append)
+    with pytest.raises(ConfigError, match=rf"deleted.*restore it \(mlflow {deleted}s? restore"):
+        while tracker._thread.is_alive():
+            tracker.refuse_mistake()
+            tracker._thread.join(0.05)
+    assert tracker.close() == "" and len(said) <= 1, "the error says it"
+    deliver(config, folder)
+    [line] = capsys.readouterr().out.splitlines()
+    assert "deleted" in line, "after the first step it is a line, and ends nothing"
+
+
+def test_a_sqlite_file_that_cannot_be_used_is_a_mistake(config: Config, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no database " * 100)
+    for path in ("file/mlflow.db", "file"):
+        config = config.model_copy(
+            update={"tracking": config.tracking.model_copy(update={"uri": f"sqlite:///{tmp_path}/{path}"})}
+        )
+        with pytest.raises(ConfigError, match=r"MLflow at 'sqlite:.*cannot be used") as caught:
+            tracking_uri(config)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_tracker_that_gave_up_sends_nothing(config: Config, folder: UPath, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tracking, "SEND_INTERVAL_S", 0.0)
+    tracker = Tracker(config, tracking_uri(config), folder)
+    tracker.give_up()
+    tracker.take(1, record(0))
+    tracker.start(attempts=0, say=print)
+    assert tracker.close() == ""
+    assert not (folder / "run.json").exists()

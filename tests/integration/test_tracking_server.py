@@ -1,0 +1,316 @@
+"""MLflow stays whole whatever its server does: a real one, that is started late, killed, stopped, and started again."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+from urllib.request import urlopen
+
+import pytest
+from mlflow import MlflowClient
+from mlflow.entities import Run
+from upath import UPath
+
+from pipeline import tracking
+from pipeline.config import REPOSITORY, ConfigError, parse_config
+from pipeline.ledger import StepRecord
+from pipeline.run_log import RunLog
+from pipeline.storage import read_json
+from pipeline.tracking import deliver
+
+STARTED = {"checkpoint": None, "attention": "sdpa", "discarded": []}
+WAIT_S = 120.0
+"""For something that takes seconds on an idle machine."""
+
+
+class Server:
+    """`mlflow server` with a SQLite file, on loopback; it keeps its port and its data when it is started again."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.uri = f"http://127.0.0.1:{self.port}"
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        store = f"sqlite:///{self.folder}/mlflow.db"
+        command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", store, "--workers", "1"]
+        command += ["--artifacts-destination", str(self.folder / "artifacts"), "--port", str(self.port)]
+        with (self.folder / "server.log").open("ab") as log:
+            self._process = subprocess.Popen(
+                command,
+                cwd=self.folder,
+                env={**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        until(self._answers)
+
+    def send(self, number: signal.Signals) -> None:
+        """A signal to all its processes."""
+        assert self._process is not None
+        os.killpg(self._process.pid, number)
+
+    def kill(self) -> None:
+        if self._process is not None:
+            self.send(signal.SIGKILL)
+            self._process.wait()
+            self._process = None
+
+    def _answers(self) -> bool:
+        try:
+            with urlopen(f"{self.uri}/health", timeout=2) as answer:
+                return answer.status == 200
+        except (URLError, OSError):
+            return False
+
+
+@pytest.fixture(scope="module")
+def down(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server that has not been started yet."""
+    server = Server(tmp_path_factory.mktemp("server"))
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+def server(down: Server) -> Server:
+    if down._process is None:
+        down.start()
+    return down
+
+
+@pytest.fixture
+def new_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
+    """Config values of a run; tries again after at most a second, which is up to a minute otherwise."""
+    monkeypatch.setattr(tracking, "LONGEST_DELAY_S", 1.0)
+
+    def make(uri: str, experiment: str = "longlora") -> dict[str, Any]:
+        config = parse_config(
+            {
+                "run": {"name": "watched", "storage": str(tmp_path)},
+                "model": {"base": "some/model"},
+                "context": {"length": 100},
+                "attention": {"group_size": 20},
+                "data": {"train": ["books"]},
+                "optimization": {"steps": 1000, "global_batch": 2, "warmup_steps": 0},
+                "tracking": {"uri": uri, "experiment": experiment},
+            }
+        )
+        (tmp_path / "watched").mkdir(exist_ok=True)
+        return config.model_dump(mode="json")
+
+    return make
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + WAIT_S
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.05)
+
+
+def until_said(log: RunLog, lines: int) -> None:
+    until(lambda: len(log.status().messages) == lines)
+
+
+def record(step: int) -> StepRecord:
+    return StepRecord(
+        step=step,
+        world_size=2,
+        first_position=2 * step,
+        sequences=[0, 1],
+        token_hash="00",
+        loss=2.0 + step / 1000,
+        target_tokens=190,
+        time=time.time(),
+        tokens=200,
+        seconds=4.0,
+        learning_rate=1e-3,
+        gradient_norm=0.5,
+    )
+
+
+def begin(values: dict[str, Any], step: int = 0) -> RunLog:
+    log = RunLog(values, str(Path(values["run"]["storage"]) / "watched"), os.getpid())
+    log.start_attempt(2, step, STARTED)
+    return log
+
+
+def tracked(server: Server, log: RunLog) -> Run:
+    """The run on the server; there is one, and it is that of run.json."""
+    client = MlflowClient(server.uri)
+    record = log.folder / "run.json"
+    key = read_json(record)["mlflow_key"]
+    [run] = client.search_runs(
+        [found.experiment_id for found in client.search_experiments()], f"tags.`longlora.run` = '{key}'"
+    )
+    assert run.info.run_id == read_json(record)["mlflow_run_id"]
+    return run
+
+
+def steps_of(server: Server, log: RunLog, metric: str = "train/loss") -> list[int]:
+    run_id = tracked(server, log).info.run_id
+    return [point.step for point in MlflowClient(server.uri).get_metric_history(run_id, metric)]
+
+
+def whole(server: Server, log: RunLog, steps: int) -> None:
+    """Every metric of every step is there, once, with its value."""
+    run = tracked(server, log)
+    client = MlflowClient(server.uri)
+    expected = [(step, 2.0 + step / 1000) for step in range(steps)]
+    losses = client.get_metric_history(run.info.run_id, "train/loss")
+    assert sorted((point.step, point.value) for point in losses) == expected
+    for metric in ("train/world_size", "train/gradient_norm", "run/attempt", "run/disturbances"):
+        assert sorted(steps_of(server, log, metric)) == list(range(steps))
+    assert sorted(steps_of(server, log, "train/loss_by_tokens")) == [200 * (step + 1) for step in range(steps)]
+    assert run.info.status == "FINISHED"
+
+
+def test_a_server_that_is_started_after_the_run(down: Server, new_run: Callable) -> None:
+    log = begin(new_run(down.uri))
+    for step in range(20):
+        log.step(record(step))
+    until_said(log, 1)
+    assert log.status().messages[0].startswith(f"MLflow at {down.uri} fails (Connection refused): training goes on")
+    down.start()
+    until_said(log, 2)
+    assert log.status().messages[1] == f"MLflow at {down.uri} is back, and has everything"
+    assert sorted(steps_of(down, log)) == list(range(20))
+    assert tracked(down, log).info.status == "RUNNING"
+    log.happened("failure", {"cause": "worker died"})
+    log.start_attempt(1, 10, STARTED)
+    for step in range(10, 30):  # half of them again
+        log.step(record(step))
+    assert log.close("FINISHED") == ""
+    whole(down, log, 30)
+    run = tracked(down, log)
+    assert run.data.tags["longlora.disturbances"] == "1: 1 failure"
+    assert (run.data.tags["longlora.attempts"], run.data.params["run.name"]) == ("2", "watched")
+    artifacts = MlflowClient(down.uri).list_artifacts(run.info.run_id)
+    assert [file.path for file in artifacts] == ["config.yaml"]
+
+
+def test_a_server_that_hangs_delays_no_step(server: Server, new_run: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = begin(new_run(server.uri))
+    log.step(record(0))
+    until(lambda: (log.folder / "run.json").exists() and "mlflow_run_id" in read_json(log.folder / "run.json"))
+    server.send(signal.SIGSTOP)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")  # read for each request; 10 otherwise
+    try:
+        slowest, step = 0.0, 1
+        while not log.status().messages or step < 100:
+            before = time.perf_counter()
+            log.step(record(step))
+            slowest, step = max(slowest, time.perf_counter() - before), step + 1
+            time.sleep(0.01)
+    finally:
+        monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+        server.send(signal.SIGCONT)
+    assert "timed out" in log.status().messages[0]
+    assert slowest < 0.5, "a request to the server waits for 1 s"
+    assert log.close("FINISHED") == ""
+    whole(server, log, step)
+
+
+def test_a_run_that_died_while_the_server_was_down(server: Server, new_run: Callable, tmp_path: Path) -> None:
+    """The driver is killed without having reached the server once; the next one delivers what it did."""
+    values = new_run("http://127.0.0.1:9")  # where nothing listens
+    script = (
+        "import json, os, sys\n"
+        "sys.path.insert(0, sys.argv[1])\n"
+        "from test_tracking_server import begin, record\n"
+        "log = begin(json.loads(sys.argv[2]))\n"
+        "for step in range(10): log.step(record(step))\n"
+        "os.kill(os.getpid(), 9)\n"
+    )
+    command = [sys.executable, "-c", script, str(Path(__file__).parent), parse_config(values).model_dump_json()]
+    died = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(REPOSITORY)}, timeout=WAIT_S)
+    assert died.returncode == -signal.SIGKILL
+    log = begin(new_run(server.uri), step=8)
+    for step in range(8, 12):
+        log.step(record(step))
+    assert log.close("FINISHED") == ""
+    whole(server, log, 12)
+    assert tracked(server, log).data.tags["longlora.disturbances"] == "1: 1 driver restart"
+
+
+def test_a_server_that_is_down_until_after_the_end(
+    server: Server, new_run: Callable, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dead = new_run("http://127.0.0.1:9")
+    log = begin(dead)
+    for step in range(5):
+        log.step(record(step))
+    line = log.close("FINISHED")
+    assert line == (
+        "MLflow at http://127.0.0.1:9 has not got all of this run (Connection refused): "
+        "its next train or evaluate delivers it"
+    )
+    deliver(parse_config(dead), log.folder)
+    assert capsys.readouterr().out == line + "\n"
+    deliver(parse_config(new_run(server.uri)), log.folder)
+    assert capsys.readouterr().out == ""
+    whole(server, log, 5)
+
+
+@pytest.mark.slow
+def test_a_server_that_is_killed_again_and_again(server: Server, new_run: Callable) -> None:
+    """Killed while requests are under way; what it had not answered is asked for when it is back."""
+    log, step = begin(new_run(server.uri)), 0
+    for outage in range(3):
+        for _ in range(200):
+            log.step(record(step))
+            step += 1
+            time.sleep(0.01)
+        server.kill()
+        log.step(record(step))
+        step += 1
+        until_said(log, 2 * outage + 1)
+        server.start()
+        until_said(log, 2 * outage + 2)
+    assert log.close("FINISHED") == ""
+    whole(server, log, step)
+
+
+def test_an_experiment_that_is_deleted_refuses_the_run(server: Server, new_run: Callable) -> None:
+    client = MlflowClient(server.uri)
+    client.delete_experiment(client.create_experiment("gone"))
+    values = new_run(server.uri, experiment="gone")
+    log = RunLog(values, str(UPath(values["run"]["storage"]) / "watched"), os.getpid())
+    until(lambda: bool(log.tracker._mistake))
+    with pytest.raises(ConfigError, match=r"^tracking.experiment = 'gone' is deleted; name another, or restore it"):
+        log.start_attempt(2, 0, STARTED)
+    assert "'gone' is deleted" in log.status().error
+    assert (log.close("FAILED"), log.status().messages) == ("", [])
+
+
+def test_a_server_that_is_no_mlflow_refuses_the_run(new_run: Callable) -> None:
+    web = subprocess.Popen(
+        [sys.executable, "-u", "-m", "http.server", "0", "--bind", "127.0.0.1"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    try:
+        assert web.stdout is not None
+        port = web.stdout.readline().split(" port ")[1].split()[0]
+        values = new_run(f"http://127.0.0.1:{port}")
+        log = RunLog(values, str(UPath(values["run"]["storage"]) / "watched"), os.getpid())
+        until(lambda: bool(log.tracker._mistake))
+        with pytest.raises(ConfigError, match=r"^MLflow at .* cannot be used: .* 404") as caught:
+            log.start_attempt(2, 0, STARTED)
+        assert "\n" not in str(caught.value)
+        log.close("FAILED")
+    finally:
+        web.kill()
+        web.wait()

@@ -1,0 +1,94 @@
+from pipeline.ledger import Event, StepRecord
+from pipeline.run_metrics import Point, RunMetrics
+
+
+def record(step: int, loss: float = 2.0, world_size: int = 2) -> StepRecord:
+    return StepRecord(
+        step=step,
+        world_size=world_size,
+        first_position=2 * step,
+        sequences=[0, 1],
+        token_hash="00",
+        loss=loss,
+        target_tokens=190,
+        time=10.0 + step,
+        tokens=200,
+        seconds=4.0,
+        learning_rate=1e-3,
+        gradient_norm=0.5,
+    )
+
+
+def start(step: int, world_size: int) -> Event:
+    return Event("start", step, details={"world_size": world_size})
+
+
+def test_a_step_has_these_metrics_against_steps_and_tokens() -> None:
+    metrics = RunMetrics(tokens_per_step=200)
+    metrics.take(1, start(0, 2))
+    trained = {
+        "train/loss": 2.0,
+        "train/learning_rate": 1e-3,
+        "train/gradient_norm": 0.5,
+        "train/tokens_per_second": 50.0,
+        "train/world_size": 2,
+    }
+    assert metrics.take(1, record(3)) == [
+        *(Point(name, 3, value, 13.0) for name, value in trained.items()),
+        Point("run/disturbances", 3, 0, 13.0),
+        Point("run/attempt", 3, 1, 13.0),
+        *(Point(f"{name}_by_tokens", 800, value, 13.0) for name, value in trained.items()),
+    ]
+
+
+def test_the_first_record_of_a_step_counts() -> None:
+    metrics = RunMetrics(tokens_per_step=200)
+    losses = []
+    for attempt, first, world_size in ((1, 0, 2), (2, 1, 3)):
+        metrics.take(attempt, start(first, world_size))
+        for step in range(first, first + 3):
+            points = metrics.take(attempt, record(step, loss=attempt, world_size=world_size))
+            losses += [(point.step, point.value) for point in points if point.metric == "train/loss"]
+    assert losses == [(0, 1), (1, 1), (2, 1), (3, 2)]
+
+
+def test_a_validation_counts_once_too() -> None:
+    metrics = RunMetrics(tokens_per_step=200)
+    evaluation = Event("evaluation", 4, time=5.0, details={"loss": 2.5, "tokens": 1000, "seconds": 1.0})
+    assert metrics.take(1, evaluation) == [Point("eval/loss", 4, 2.5, 5.0), Point("eval/loss_by_tokens", 800, 2.5, 5.0)]
+    assert metrics.take(2, evaluation) == []
+
+
+def test_disturbances_are_counted_and_named() -> None:
+    metrics = RunMetrics(tokens_per_step=200)
+    assert metrics.tags() == {}
+    for event in ("driver", "workers"):  # how every run begins
+        metrics.take(1, Event(event, 0))
+    metrics.take(1, start(0, 2))
+    assert metrics.tags() == {
+        "longlora.disturbances": "0",
+        "longlora.attempts": "1",
+        "longlora.world_size": "2",
+    }
+    for event in ("failure", "notice", "resize", "failure", "driver"):
+        metrics.take(1, Event(event, 5))
+    metrics.take(2, start(3, 4))
+    points = metrics.take(2, record(5, world_size=4))
+    assert [point.value for point in points if point.metric == "run/disturbances"] == [5]
+    assert [point.value for point in points if point.metric == "run/attempt"] == [2]
+    assert metrics.tags() == {
+        "longlora.disturbances": "5: 2 failure, 1 notice, 1 resize, 1 driver restart",
+        "longlora.attempts": "2",
+        "longlora.world_size": "4",
+    }
+
+
+def test_the_status_is_the_last_that_the_ledger_tells() -> None:
+    metrics = RunMetrics(tokens_per_step=200)
+    assert metrics.status is None
+    metrics.take(1, start(0, 2))
+    assert metrics.status == "RUNNING"
+    metrics.take(1, Event("end", 4, time=20.0, details={"status": "FAILED"}))
+    assert (metrics.status, metrics.ended) == ("FAILED", 20.0)
+    metrics.take(2, start(4, 2))
+    assert metrics.status == "RUNNING"
