@@ -7,6 +7,7 @@ the range of Ray versions is pinned for it.
 """
 
 import socket
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any
@@ -15,11 +16,15 @@ import ray
 from ray.exceptions import RayError
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, NoopDecision, ScalingDecision
+from ray.train.v2._internal.execution.scaling_policy.autoscaling_coordinator_client import (
+    TrainAutoscalingCoordinatorClient,
+)
 from ray.train.v2.api.config import ScalingConfig
 from ray.train.v2.torch.torch_trainer import TorchTrainer
 
 ANSWER_TIMEOUT_S = 2.0
 COORDINATOR_TIMEOUT_S = 5.0
+WAIT_S = 0.5
 NODE_ID_LABEL = "ray.io/node-id"
 
 Reserved = dict[str, dict[str, float]]
@@ -29,9 +34,10 @@ Reserved = dict[str, dict[str, float]]
 class ElasticTrainer(TorchTrainer):
     """A TorchTrainer whose workers start on nodes that are there."""
 
-    def __init__(self, *arguments: Any, scaling_config: ScalingConfig, run_log: Any, **settings: Any) -> None:
+    def __init__(self, *arguments: Any, scaling_config: ScalingConfig, run: str, run_log: Any, **settings: Any) -> None:
+        """run: a name that no other run of the cluster has."""
         super().__init__(*arguments, scaling_config=scaling_config, **settings)
-        self._policy = PresentNodesPolicy(scaling_config, run_log)
+        self._policy = PresentNodesPolicy(scaling_config, run, run_log)
 
     def _initialize_and_run_controller(self, **parts: Any) -> Any:
         return super()._initialize_and_run_controller(**{**parts, "scaling_policy": self._policy})
@@ -44,15 +50,24 @@ class ElasticTrainer(TorchTrainer):
 class PresentNodesPolicy(ElasticScalingPolicy):
     """Ray's elastic policy over the nodes that answer; with a fixed number of workers it waits for so many."""
 
-    def __init__(self, scaling_config: ScalingConfig, run_log: Any) -> None:
+    def __init__(self, scaling_config: ScalingConfig, run: str, run_log: Any) -> None:
         super().__init__(scaling_config)
-        self.run_log = run_log
+        self.run, self.run_log = run, run_log
         self._present: list[str] = []
+
+    def after_controller_start(self, train_run_context: Any) -> None:
+        """Asks for resources under the run's name: a driver that was killed holds what it asked for, for three minutes,
+        and under Ray's name for it, which is another for each driver, against the one that takes its place.
+        """
+        self._requester_id = f"longlora-{self.run}"
+        self._coordinator_client = TrainAutoscalingCoordinatorClient(self._requester_id)
+        self._send_resource_request()
 
     def make_decision_for_non_running_worker_group(self) -> ScalingDecision:
         decision = super().make_decision_for_non_running_worker_group()
         if isinstance(decision, NoopDecision):
             room = self._count_possible_workers(self._latest_reserved_resources or {})
+            time.sleep(WAIT_S)  # the controller asks again at once
             self.run_log.waiting.remote(
                 f"waiting for nodes: room for {room} of {self.scaling_config.min_workers} workers"
             )

@@ -80,6 +80,7 @@ def _trainer(config: Config, run_folder: UPath, assignment: Assignment) -> Elast
     gpu = uses_gpu(config)
     return ElasticTrainer(
         train_worker,
+        run=str(run_folder),
         run_log=run_log,
         train_loop_config={"assignment": assignment},
         torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),

@@ -10,6 +10,9 @@ import ray
 from ray.exceptions import GetTimeoutError
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.execution.scaling_policy import NoopDecision, ResizeDecision
+from ray.train.v2._internal.execution.scaling_policy.autoscaling_coordinator_client import (
+    TrainAutoscalingCoordinatorClient,
+)
 from ray.train.v2.api.config import ScalingConfig
 
 from pipeline.elastic import ElasticTrainer, PresentNodesPolicy
@@ -47,7 +50,7 @@ def policy_on(
     monkeypatch.setattr(ray, "nodes", lambda: nodes)
     monkeypatch.setattr(ray, "get", lambda value, timeout: value)
     monkeypatch.setattr(ray._private.state.state, "get_draining_nodes", lambda: dict.fromkeys(leaving, 0))
-    policy = PresentNodesPolicy(ScalingConfig(num_workers=workers, resources_per_worker={"CPU": 1}), Log())
+    policy = PresentNodesPolicy(ScalingConfig(num_workers=workers, resources_per_worker={"CPU": 1}), "run", Log())
     reserved = {name: {"CPU": 1.0} for name in ports}
     remote = SimpleNamespace(remote=lambda requester, recompute: reserved)
     client = SimpleNamespace(
@@ -83,7 +86,20 @@ def test_no_answer_of_the_coordinator_is_no_node(monkeypatch: pytest.MonkeyPatch
     assert policy.on_controller_start_worker_group(scaling_config=policy.scaling_config, num_workers=1) is None
 
 
+def test_a_driver_takes_over_what_the_one_before_it_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(
+        TrainAutoscalingCoordinatorClient,
+        "send_resource_request",
+        lambda self, config, workers: asked.append((self._requester_id, workers)),
+    )
+    for driver in ("first", "second"):
+        policy = PresentNodesPolicy(ScalingConfig(num_workers=(1, 3)), "s3://bucket/run", Log())
+        policy.after_controller_start(SimpleNamespace(run_id=driver))
+    assert asked == [("longlora-s3://bucket/run", 3)] * 2
+
+
 def test_no_process_is_started_for_data_that_ray_does_not_feed() -> None:
-    trainer = ElasticTrainer(print, scaling_config=ScalingConfig(num_workers=1), run_log=Log())
+    trainer = ElasticTrainer(print, scaling_config=ScalingConfig(num_workers=1), run="run", run_log=Log())
     callbacks = trainer._create_default_callbacks()
     assert callbacks and not any(isinstance(callback, DatasetsCallback) for callback in callbacks)
