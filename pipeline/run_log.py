@@ -113,7 +113,9 @@ class RunLog:
         self.event("checkpoint", step, details)
 
     def offer(self, save: tuple[int, int], rank: int, files: Files, masters: list[Any]) -> None:
-        """A rank has written its part of a save, (attempt, step); `masters`: a Ray reference to its share of them."""
+        """A rank's part of a save, (attempt, step). `masters`: a Ray reference to its share of them; `files`: none yet,
+        then, told again, what it has written.
+        """
         self._offers.setdefault(save, {})[rank] = (files, masters)
 
     def offers(self, save: tuple[int, int]) -> dict[int, tuple[Files, list[Any]]]:
