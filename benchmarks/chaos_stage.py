@@ -15,7 +15,7 @@ from typing import Any, Self
 import psutil
 import yaml
 from object_store import ObjectStore, object_store
-from spot_cluster import SLOT, DisturbedRun, SpotCluster, send, workers_of
+from spot_cluster import SLOT, DisturbedRun, RunEnded, SpotCluster, raylet_pid, send, workers_of
 from upath import UPath
 
 from pipeline.config import load_config
@@ -25,7 +25,7 @@ STEPS_EACH = 14
 """Steps of a run for each disturbance."""
 HANG_TIMEOUT_S = 10
 CHECKPOINT_EVERY = 10
-NOTICE_S = 12
+NOTICE_S = 8
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Disturbance:
 
 
 def settings(scratch: Path, name: str, steps: int, sizes: list[int]) -> dict[str, Any]:
-    """The quickstart's model and books at a context of 1024 tokens, on any of these numbers of workers."""
+    """The quickstart's model and books at a context of 768 tokens, on any of these numbers of workers."""
     config = load_config(
         None,
         [
@@ -190,7 +190,7 @@ def slow_down(stage: Stage) -> None:
 def give_notice(stage: Stage) -> float:
     """A node is to leave; it is switched off at the deadline."""
     assert stage.cluster is not None
-    node = random.choice(stage.cluster.nodes)
+    node = random.choice(_busy_nodes(stage.cluster))
     stage.cluster.give_notice(node, NOTICE_S)
     time.sleep(NOTICE_S)
     began = time.time()
@@ -201,15 +201,16 @@ def give_notice(stage: Stage) -> float:
 def kill_node(stage: Stage) -> float:
     assert stage.cluster is not None
     began = time.time()
-    stage.cluster.remove(random.choice(stage.cluster.nodes))
+    stage.cluster.remove(random.choice(_busy_nodes(stage.cluster)))
     return began
 
 
-def add_node(stage: Stage) -> float:
+def add_node(stage: Stage) -> float | None:
+    """Another node: the run grows, unless it has all the workers that it may have."""
     assert stage.cluster is not None
-    began = time.time()
+    began, before = time.time(), stage.workers
     stage.cluster.add()
-    return began
+    return began if stage.workers > before else None
 
 
 def change_range(stage: Stage) -> float:
@@ -246,22 +247,26 @@ def play(stage: Stage, count: int, seed: int) -> list[Disturbance]:
     """Runs the stage's run to its end, disturbed `count` times: every kind in turn, in an order drawn from the seed."""
     random.seed(seed)
     stage.start()
-    stage.run.wait_for("the first step", lambda: stage.run.trains(stage.workers))
     done: list[Disturbance] = []
     bag: list[Kind] = []
-    while len(done) < count:
-        # On S3 the ledger is written with each checkpoint: steps in between are not seen.
-        trained = 0 if stage.store else random.randint(1, STEPS_EACH // 2)
-        stage.run.wait_for("the next step", lambda n=trained: stage.run.trains(stage.workers, n))
-        bag = bag or random.sample(KINDS[stage.scenario], len(KINDS[stage.scenario]))
-        done.append(_disturb(stage, bag.pop()))
-        print(f"{stage.scenario} {len(done)}/{count}: {done[-1].kind} at step {done[-1].step}, "
-              f"{done[-1].recovered:.0f} s", flush=True)  # fmt: skip
-        if stage.cluster and len(stage.cluster.nodes) == 1 and len(done) < count:
-            while len(stage.cluster.nodes) < stage.values["workers"]["max"] and len(done) < count:
+    with suppress(RunEnded):
+        while len(done) < count:
+            # On S3 the ledger is written with each checkpoint: steps in between are not seen.
+            trained = 1 if stage.store else random.randint(1, STEPS_EACH // 2)
+            stage.run.wait_for("the next step", lambda n=trained: stage.run.trains(stage.workers, n))
+            bag = bag or random.sample(KINDS[stage.scenario], len(KINDS[stage.scenario]))
+            done.append(_disturb(stage, bag.pop()))
+            _tell(stage, done, count)
+            while stage.cluster and len(stage.cluster.nodes) < random.choice([2, 3]):
                 done.append(_disturb(stage, add_node))
+                _tell(stage, done, count)
     stage.run.finish(timeout_s=3600)
     return done
+
+
+def _tell(stage: Stage, done: list[Disturbance], count: int) -> None:
+    last = done[-1]
+    print(f"{stage.scenario} {len(done)}/{count}: {last.kind} at step {last.step}, {last.recovered:.0f} s", flush=True)
 
 
 def _disturb(stage: Stage, kind: Kind) -> Disturbance:
@@ -273,6 +278,10 @@ def _disturb(stage: Stage, kind: Kind) -> Disturbance:
             lambda: attempt_of(stage) > attempt and stage.run.trains(stage.workers),
         )
     return Disturbance(kind.__name__, began, step, time.time() - acted if acted else 0.0)
+
+
+def _busy_nodes(cluster: SpotCluster) -> list[Any]:
+    return [node for node in cluster.nodes if workers_of(raylet_pid(node))]
 
 
 def attempt_of(stage: Stage) -> int:

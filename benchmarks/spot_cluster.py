@@ -84,6 +84,10 @@ class SpotCluster:
         self.shutdown()
 
 
+class RunEnded(RuntimeError):
+    """The driver has done its work, while something else was waited for."""
+
+
 class DisturbedRun:
     """A run on a cluster (or on a Ray of its own), started by the command line as a user does, again and again."""
 
@@ -117,9 +121,11 @@ class DisturbedRun:
             raise RuntimeError(f"the driver ended with {self.driver.returncode}: {self.tail()}")
 
     def wait_for(self, what: str, condition: Callable[[], bool], timeout_s: float = WAIT_S) -> None:
-        """Returns once `condition` holds; RuntimeError if the driver ends before or it takes too long."""
+        """Returns once `condition` holds; RunEnded if the run is done first, RuntimeError if it fails or is late."""
         until = time.monotonic() + timeout_s
         while not condition():
+            if self.driver is not None and self.driver.poll() == 0:
+                raise RunEnded(f"waiting for {what}, the run came to its end")
             if self.driver is None or self.driver.poll() is not None:
                 raise RuntimeError(f"waiting for {what}, the driver ended: {self.tail()}")
             if time.monotonic() > until:
