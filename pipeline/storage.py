@@ -16,16 +16,21 @@ from pipeline.config import Config, ConfigError
 
 # What fsspec connects with, in every process that imports this file. Listings are not kept: workers, other drivers
 # and other machines write as well. A store that refuses connections or asks to slow down is tried for about a minute
-# (ten attempts, with longer and longer waits), and one that takes a request waits 20 s for its answer each time.
+# (ten attempts, with longer and longer waits), and a request has two minutes in all (s3.py).
 RETRIES = {"connect_timeout": 10, "read_timeout": 20, "retries": {"mode": "standard", "max_attempts": 10}}
 fsspec.config.conf["s3"] = {"config_kwargs": RETRIES, **fsspec.config.conf.get("s3", {}), "use_listings_cache": False}
 fsspec.config.conf["gs"] = {**fsspec.config.conf.get("gs", {}), "use_listings_cache": False}
+fsspec.register_implementation("s3", "pipeline.s3.S3FileSystem", clobber=True, errtxt="s3:// needs s3fs: install it")
 
 METADATA = {"s3": "Metadata", "s3a": "Metadata", "gs": "metadata", "gcs": "metadata"}
 """What each file system calls an object's metadata when it writes one."""
 CONFLICT_WAIT_S = 0.2
 STRETCH = 1 << 24
 """Bytes of a file that a disk is told to write while the next ones come."""
+
+
+class NoAnswer(OSError):
+    """An object store does not answer."""
 
 
 def storage_root(config: Config) -> UPath:
@@ -64,7 +69,7 @@ def storage_error(error: BaseException) -> str:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
         return f"run.storage cannot be written: {text}; make room, the run goes on from its last checkpoint"
     refused = answer.get("HTTPStatusCode", 200) >= 300 and answer["Code"] not in ("404", "NoSuchKey")
-    if refused or type(error).__module__.startswith("botocore."):
+    if refused or isinstance(error, NoAnswer) or type(error).__module__.startswith("botocore."):
         return f"run.storage cannot be used: {text}; when it can be, the run goes on from its last checkpoint"
     return ""
 
@@ -193,8 +198,13 @@ def write_json(path: UPath, value: Any) -> None:
     write_atomic(path, json_bytes(value))
 
 
+def read_bytes(path: UPath) -> bytes:
+    """All of a file. An object that is replaced meanwhile is read as it was or is; an open file of s3fs would fail."""
+    return path.read_bytes() if is_local(path) else path.fs.cat_file(path.path)
+
+
 def read_json(path: UPath) -> Any:
-    return json.loads(path.read_bytes())
+    return json.loads(read_bytes(path))
 
 
 def remove_tree(folder: UPath) -> None:

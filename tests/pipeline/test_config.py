@@ -44,6 +44,8 @@ def test_a_minimal_config_has_the_papers_defaults() -> None:
         ("evaluation.every_steps", 5, "evaluation.every_steps needs data.validation"),
         ("model.architecture", {"model_type": "llama"}, "set exactly one of model.base"),
         ("run.name", "../up", "run.name = '../up': "),
+        ("run.storage", "s3://KEY:s3/cr+t@bucket/runs", "run.storage has credentials in a URI"),
+        ("data.train", ["books", "s3://KEY:secret@bucket/books"], "data.train has credentials in a URI"),
     ],
 )
 def test_mistakes_are_one_line_that_names_the_key(key: str, value: Any, message: str) -> None:
@@ -51,6 +53,11 @@ def test_mistakes_are_one_line_that_names_the_key(key: str, value: Any, message:
         parse_config(with_value(key, value))
     assert str(error.value).startswith(message)
     assert "\n" not in str(error.value)
+
+
+def test_uris_without_secrets_are_none() -> None:
+    for uri in ("s3://bucket/a:b@c", "https://host:8080/books/@new.txt", "gs://bucket/me@home"):
+        parse_config(with_value("data.train", [uri]))
 
 
 def test_an_unknown_section_names_the_nearest() -> None:

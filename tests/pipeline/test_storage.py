@@ -12,9 +12,18 @@ import pytest
 from object_store import ObjectStore
 from upath import UPath
 
-from pipeline import storage
+from pipeline import s3, storage
 from pipeline.config import Config, ConfigError, parse_config
-from pipeline.storage import create_once, read_json, remove_tree, storage_error, storage_root, write_atomic, write_json
+from pipeline.storage import (
+    NoAnswer,
+    create_once,
+    read_json,
+    remove_tree,
+    storage_error,
+    storage_root,
+    write_atomic,
+    write_json,
+)
 
 MULTIPART = 100 * 2**20  # bytes from which on s3fs uploads in parts
 LINE = "run.storage cannot be used: "
@@ -165,6 +174,20 @@ def test_an_outage_is_waited_out(store: ObjectStore, bucket: UPath) -> None:
     assert created == [True]
 
 
+@pytest.mark.parametrize("size", [1, 2**25], ids=["small", "more than TCP holds"])
+def test_a_store_that_never_answers_ends_in_one_line(
+    size: int, store: ObjectStore, bucket: UPath, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(s3, "ANSWER_S", 2.0)
+    monkeypatch.setattr(s3, "UPLOAD_RATE", 2**30)
+    write_atomic(bucket / "before", b"x")  # connected
+    store.pause()
+    for request in (lambda: create_once(bucket / "a", b"x" * size), (bucket / "before").read_bytes):
+        with pytest.raises(NoAnswer) as silent:
+            request()
+        assert storage_error(silent.value).startswith(LINE + "no answer to ")
+
+
 @pytest.mark.parametrize(
     "status, code",
     [(503, "SlowDown"), (500, "InternalError"), (403, "AccessDenied"), (403, "SignatureDoesNotMatch")],
@@ -230,3 +253,13 @@ def test_what_others_write_and_delete_is_seen_at_once(bucket: UPath) -> None:
         elsewhere.submit(remove_tree, folder / "a").result()
     assert [path.name for path in folder.iterdir()] == ["b"]
     assert not (folder / "a").exists()
+
+
+def test_an_object_that_is_replaced_is_read_as_it_was_or_is(bucket: UPath) -> None:
+    path = bucket / "1.beat"
+    write_json(path, {"beat": -1})
+    with ThreadPoolExecutor(1) as elsewhere:
+        writes = [elsewhere.submit(write_json, path, {"beat": n}) for n in range(100)]
+        while not writes[-1].done():
+            assert set(read_json(path)) == {"beat"}
+    assert read_json(path) == {"beat": 99}
