@@ -82,7 +82,7 @@ def compare(settings: dict[str, Any]) -> list[dict[str, float]]:
 
     def ours(steps: range) -> None:
         for step in steps:
-            worker.tell("step", worker.train_step(step))
+            worker.tell("step", worker.attempt, worker.train_step(step))
         if worker.rank == 0:
             ray.get(assignment.run_log.sync.remote())
 

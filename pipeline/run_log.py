@@ -84,8 +84,10 @@ class RunLog:
         status.attention = details["attention"]
         return attempt
 
-    def step(self, record: StepRecord) -> None:
-        """A step is done."""
+    def step(self, attempt: int, record: StepRecord) -> None:
+        """A step is done. What replaced workers tell counts for nothing: no commit can contain it."""
+        if attempt != self.status_now.attempt:
+            return
         self._write(record)
         self._recent.append(record)
         status = self.status_now

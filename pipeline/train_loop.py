@@ -44,7 +44,7 @@ def train_from(step: int, run: "Worker") -> None:
     while step < config.optimization.steps:
         record = run.train_step(step)
         step += 1
-        run.tell("step", record)
+        run.tell("step", run.attempt, record)
         if run.is_due(config.evaluation.every_steps, step):
             run.evaluate(step)
         if run.is_due(config.checkpoint.every_steps, step) or run.asked.number:

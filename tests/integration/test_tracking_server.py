@@ -93,6 +93,7 @@ def server(down: Server) -> Server:
 def new_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
     """Config values of a run; tries again after at most a second, which is up to a minute otherwise."""
     monkeypatch.setattr(tracking, "LONGEST_DELAY_S", 1.0)
+    monkeypatch.setattr(tracking, "PATIENCE_S", WAIT_S)
 
     def make(uri: str, experiment: str = "longlora") -> dict[str, Any]:
         config = parse_config(
@@ -179,7 +180,7 @@ def whole(server: Server, log: RunLog, steps: int) -> None:
 def test_a_server_that_is_started_after_the_run(down: Server, new_run: Callable) -> None:
     log = begin(new_run(down.uri))
     for step in range(20):
-        log.step(record(step))
+        log.step(log.status().attempt, record(step))
     until_said(log, 1)
     assert log.status().messages[0].startswith(f"MLflow at {down.uri} fails (Connection refused): training goes on")
     down.start()
@@ -190,7 +191,7 @@ def test_a_server_that_is_started_after_the_run(down: Server, new_run: Callable)
     log.happened("failure", {"cause": "worker died"})
     log.start_attempt(1, 10, STARTED)
     for step in range(10, 30):  # half of them again
-        log.step(record(step))
+        log.step(log.status().attempt, record(step))
     assert log.close("FINISHED") == ""
     whole(down, log, 30)
     run = tracked(down, log)
@@ -202,7 +203,7 @@ def test_a_server_that_is_started_after_the_run(down: Server, new_run: Callable)
 
 def test_a_server_that_hangs_delays_no_step(server: Server, new_run: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     log = begin(new_run(server.uri))
-    log.step(record(0))
+    log.step(log.status().attempt, record(0))
     until(lambda: (log.folder / "run.json").exists() and "mlflow_run_id" in read_json(log.folder / "run.json"))
     server.send(signal.SIGSTOP)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")  # read for each request; 10 otherwise
@@ -210,7 +211,7 @@ def test_a_server_that_hangs_delays_no_step(server: Server, new_run: Callable, m
         slowest, step = 0.0, 1
         while not log.status().messages or step < 100:
             before = time.perf_counter()
-            log.step(record(step))
+            log.step(log.status().attempt, record(step))
             slowest, step = max(slowest, time.perf_counter() - before), step + 1
             time.sleep(0.01)
     finally:
@@ -230,7 +231,7 @@ def test_a_run_that_died_while_the_server_was_down(server: Server, new_run: Call
         "sys.path.insert(0, sys.argv[1])\n"
         "from test_tracking_server import begin, record\n"
         "log = begin(json.loads(sys.argv[2]))\n"
-        "for step in range(10): log.step(record(step))\n"
+        "for step in range(10): log.step(log.status().attempt, record(step))\n"
         "os.kill(os.getpid(), 9)\n"
     )
     command = [sys.executable, "-c", script, str(Path(__file__).parent), parse_config(values).model_dump_json()]
@@ -238,7 +239,7 @@ def test_a_run_that_died_while_the_server_was_down(server: Server, new_run: Call
     assert died.returncode == -signal.SIGKILL
     log = begin(new_run(server.uri), step=8)
     for step in range(8, 12):
-        log.step(record(step))
+        log.step(log.status().attempt, record(step))
     assert log.close("FINISHED") == ""
     whole(server, log, 12)
     assert tracked(server, log).data.tags["longlora.disturbances"] == "1: 1 driver restart"
@@ -250,7 +251,7 @@ def test_a_server_that_is_down_until_after_the_end(
     dead = new_run("http://127.0.0.1:9")
     log = begin(dead)
     for step in range(5):
-        log.step(record(step))
+        log.step(log.status().attempt, record(step))
     line = log.close("FINISHED")
     assert line == (
         "MLflow at http://127.0.0.1:9 has not got all of this run (Connection refused): "
@@ -269,11 +270,11 @@ def test_a_server_that_is_killed_again_and_again(server: Server, new_run: Callab
     log, step = begin(new_run(server.uri)), 0
     for outage in range(3):
         for _ in range(200):
-            log.step(record(step))
+            log.step(log.status().attempt, record(step))
             step += 1
             time.sleep(0.01)
         server.kill()
-        log.step(record(step))
+        log.step(log.status().attempt, record(step))
         step += 1
         until_said(log, 2 * outage + 1)
         server.start()

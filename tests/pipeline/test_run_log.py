@@ -64,23 +64,36 @@ def test_a_redone_step_is_in_the_ledger_twice_and_in_mlflow_once(values: dict[st
     log = RunLog(values, str(folder), os.getpid())
     assert log.start_attempt(2, 0, STARTED) == 1
     for step in range(3):
-        log.step(record(step))
+        log.step(1, record(step))
     log.close("FAILED")
     log = RunLog(values, str(folder), os.getpid())
     assert log.start_attempt(2, 1, STARTED) == 2
     for step in range(1, 4):
-        log.step(record(step))
+        log.step(2, record(step))
     log.close("FINISHED")
     lines = [(attempt, line) for attempt, line in read_ledger(folder) if isinstance(line, StepRecord)]
     assert [(attempt, line.step) for attempt, line in lines] == [(1, 0), (1, 1), (1, 2), (2, 1), (2, 2), (2, 3)]
     assert losses(folder) == [(step, 2.0) for step in range(4)]
 
 
+def test_a_step_of_workers_that_were_replaced_counts_for_nothing(values: dict[str, Any], tmp_path: Path) -> None:
+    folder = UPath(tmp_path) / "logged"
+    log = RunLog(values, str(folder), os.getpid())
+    log.start_attempt(2, 0, STARTED)
+    log.step(1, record(0))
+    log.start_attempt(1, 0, STARTED)
+    log.step(1, record(1))  # of a worker that was stopped, and went on
+    log.step(2, record(0))
+    log.close("FINISHED")
+    lines = [(attempt, line.step) for attempt, line in read_ledger(folder) if isinstance(line, StepRecord)]
+    assert lines == [(1, 0), (2, 0)]
+
+
 def test_the_status_is_where_the_run_is(values: dict[str, Any], tmp_path: Path) -> None:
     log = RunLog(values, str(tmp_path / "logged"), os.getpid())
     log.start_attempt(2, 0, STARTED)
-    log.step(record(0, loss=3.0, seconds=6.0))
-    log.step(record(1, loss=2.5, seconds=2.0))
+    log.step(1, record(0, loss=3.0, seconds=6.0))
+    log.step(1, record(1, loss=2.5, seconds=2.0))
     log.evaluated(2, 2.75, 1000, seconds=0.5)
     status = log.status()
     assert (status.phase, status.step, status.steps, status.attention) == ("training", 2, 8, "sdpa")
