@@ -20,9 +20,9 @@ from pipeline.audit import Audit, audit_run
 from pipeline.config import load_config
 from pipeline.ledger import StepRecord, read_ledger
 from pipeline.storage import read_json
-from pipeline.timeline import goodput
+from pipeline.timeline import goodput, goodput_at
 
-LOSS_BOUND = 1e-5
+LOSS_BOUND, GOODPUT_BOUND = 1e-5, 0.9
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,15 @@ class Findings:
     """Whether there was one number of workers."""
 
     @property
+    def hourly_goodput(self) -> float:
+        """At one disturbance an hour, by what this run's disturbances cost."""
+        return goodput_at(3600, self.audit.seconds, self.audit.lost_per_disturbance)
+
+    @property
     def holds(self) -> bool:
         """Whether every bound holds."""
         clean = self.audit.whole and not (self.foreign or self.metrics_missing or self.metrics_doubled)
+        clean = clean and self.hourly_goodput >= GOODPUT_BOUND
         if self.fixed:
             return clean and self.loss_deviation == self.weight_deviation == 0
         return clean and self.loss_deviation <= LOSS_BOUND and self.weight_deviation <= 2 * self.undisturbed_deviation
@@ -108,6 +114,7 @@ def facts_of(name: str, disturbances: Sequence[Disturbance], findings: Findings)
         wall_seconds=round(wall),
         mean_seconds_between_disturbances=round(wall / max(1, len(disturbances)), 1),
         goodput=f"{goodput(audit.seconds):.1%}",
+        goodput_at_one_disturbance_an_hour=f"{findings.hourly_goodput:.1%}",
         seconds_by_category={category: round(seconds, 1) for category, seconds in audit.seconds.items() if seconds},
         median_recovery_seconds=round(statistics.median(recovered), 1) if recovered else None,
     )
