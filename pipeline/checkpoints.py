@@ -34,7 +34,7 @@ from upath import UPath
 from longlora.adapters import adapter_keys, peft_key
 from pipeline.config import ConfigError
 from pipeline.optimizer import MOMENTS, Fragment, ParameterState
-from pipeline.storage import create_once, is_local, json_bytes, read_json, remove_tree
+from pipeline.storage import create_once, is_local, json_bytes, read_bytes, read_json, remove_tree
 from pipeline.tensor_file import FloatTensor, in_order, tensor_file
 
 MANIFEST = "manifest.json"
@@ -324,4 +324,4 @@ def _adapter_config(network: PeftModel) -> bytes:
 
 def _load(path: UPath) -> dict[str, Tensor]:
     """The tensors of a file; of a local one only what is used is read."""
-    return safetensors.load_file(str(path)) if is_local(path) else safetensors.load(path.read_bytes())
+    return safetensors.load_file(str(path)) if is_local(path) else safetensors.load(read_bytes(path))

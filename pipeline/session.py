@@ -20,6 +20,8 @@ TRAIN_SETTINGS = {
     "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
 }
+# Where an object store is. What opens it stays out: Ray shows these variables to everybody who sees its dashboard.
+OBJECT_STORE = ("AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION", "AWS_REGION")
 # glibc gives large blocks back to the system at once and takes them again a moment later, each page cleared anew: a
 # training step on CPU spends a quarter of its time there. Let it keep them.
 KEEP_MEMORY = {
@@ -48,7 +50,8 @@ def ray_session(config: Config) -> Iterator[None]:
     # DeepSpeed compiles its CPU op with the ninja that it finds first: it must be the environment's, here and there.
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     variables = worker_environment(config.workers.zero_stage)
-    environment = {"env_vars": {"PYTHONPATH": str(REPOSITORY), "PATH": path, **variables}}
+    places = {name: os.environ[name] for name in OBJECT_STORE if name in os.environ}
+    environment = {"env_vars": {"PYTHONPATH": str(REPOSITORY), "PATH": path, **places, **variables}}
     quiet: dict[str, Any] = {
         "log_to_driver": False,  # the run's status line says what happens; workers' output is in Ray's log folder
         "logging_level": logging.ERROR,

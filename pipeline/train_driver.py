@@ -1,6 +1,7 @@
 """Ray Train around the loop: workers in an elastic range, failures retried, one line for what cannot be."""
 
 import os
+import tempfile
 import threading
 import time
 from contextlib import suppress
@@ -91,9 +92,10 @@ def _trainer(config: Config, run_folder: UPath, assignment: Assignment) -> Elast
             elastic_resize_monitor_interval_s=workers.resize_interval_s,
         ),
         run_config=RunConfig(
-            # Ray's own state, of which nothing is needed again: the run's state is in our checkpoints.
+            # Ray's own state, of which nothing is needed again: the run's state is in our checkpoints. On this node's
+            # disk, since Ray reaches object stores by another library, and workers look at it only to report a file.
             name=f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}",
-            storage_path=str(run_folder / "ray"),
+            storage_path=os.path.join(tempfile.gettempdir(), "longlora-ray"),
             failure_config=FailureConfig(max_failures=workers.max_failures, max_preemption_failures=-1),
             callbacks=[EndOnFinalError(run_log), TellDisturbances(run_log), NoticeOnSigterm(run_log)],  # type: ignore[list-item]  # takes internal ones too
         ),
