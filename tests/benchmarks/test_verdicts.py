@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks import attention, loop
+from benchmarks import attention, checkpoint, loop
 
 
 @pytest.mark.parametrize(
@@ -28,3 +28,17 @@ def test_one_slow_round_decides_nothing() -> None:
 def test_of_the_loop(bare: float, verdict: str) -> None:
     rounds = [{"ours": 1.0, "bare": bare}] * 2 + [{"ours": 5.0, "bare": 1.0}]
     assert loop.judge(rounds) == (pytest.approx(1 / bare), verdict)
+
+
+@pytest.mark.parametrize(
+    ("blocked", "written", "plain", "verdict"),
+    [
+        (0.2, 1.02, 0.7, "PASS"),  # on each bound
+        (0.21, 1.02, 0.7, "FAIL: blocked"),
+        (0.2, 1.03, 0.69, "FAIL: bytes, rate"),
+    ],
+)
+def test_of_the_checkpoint(blocked: float, written: float, plain: float, verdict: str) -> None:
+    rounds = [{"copy": 0.1, "blocked": blocked, "write": 1.0, "plain": plain}] * 2
+    slow = {"copy": 0.1, "blocked": 9.0, "write": 9.0, "plain": 0.1}
+    assert checkpoint.judge([*rounds, slow], written)["verdict"] == verdict
