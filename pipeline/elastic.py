@@ -42,6 +42,9 @@ class ElasticTrainer(TorchTrainer):
     def _initialize_and_run_controller(self, **parts: Any) -> Any:
         return super()._initialize_and_run_controller(**{**parts, "scaling_policy": self._policy})
 
+    def _register_sigint_handler(self, controller: Any) -> None:
+        """Ctrl-C is the driver's, as anywhere in Python; Ray's handler would end it before it can save."""
+
     def _create_default_callbacks(self) -> list[Any]:
         """Without Ray Data's: workers read the packs themselves, and it starts a process with every group."""
         return [one for one in super()._create_default_callbacks() if not isinstance(one, DatasetsCallback)]

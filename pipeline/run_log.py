@@ -153,10 +153,15 @@ class RunLog:
             self._may_commit = 0
         if event == "failure":
             self.status_now.phase = "recovering"
+        if event in ("failure", "resize"):
+            self.status_now.messages.append(
+                f"{details['cause']} after {self.status_now.step} steps: workers start anew"
+            )
         self.event(event, self.status_now.step, details)
 
     def noticed(self, details: dict[str, Any]) -> None:
         """A worker's machine is about to be taken away: the workers save the step that they are in."""
+        self.status_now.messages.append(f"workers {details['ranks']} are about to be taken away: saving")
         self.happened("notice", details)
         self.ask_for_checkpoint()
 

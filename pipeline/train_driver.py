@@ -66,6 +66,7 @@ def train(config: Config, run_folder: UPath, packs: PreparedPacks) -> None:
         raise ConfigError(reason) if reason else _plain(error) from None
     except KeyboardInterrupt:
         status = "KILLED"
+        _save_before_the_end(run_log)
         raise
     finally:
         finished.set()
@@ -74,6 +75,16 @@ def train(config: Config, run_folder: UPath, packs: PreparedPacks) -> None:
             undelivered = ray.get(run_log.close.remote(status))
             if undelivered:
                 print(undelivered, flush=True)
+
+
+def _save_before_the_end(run_log: Any) -> None:
+    """Ctrl-C loses nothing: the workers save the step that they are in, and wait. A second one ends this at once."""
+    with suppress(RayActorError):
+        asked = ray.get(run_log.ask_for_checkpoint.remote(hold=True))
+        if asked:
+            print("saving; Ctrl-C again stops at once", flush=True)
+        while asked and not ray.get(run_log.has_checkpointed.remote(asked)):
+            time.sleep(0.2)
 
 
 def _trainer(config: Config, run_folder: UPath, assignment: Assignment) -> ElasticTrainer:

@@ -45,7 +45,6 @@ def test_nodes_go_and_others_come(make_run: Callable, cluster: SpotCluster) -> N
     run.wait_for("two workers", lambda: run.trains(2))
     lose(run, cluster, notice=True)
     lose(run, cluster, notice=False)
-    run.wait_for("a checkpoint", lambda: bool(run.events("checkpoint")))
     driver.send_signal(signal.SIGINT)
     assert driver.wait(timeout=120) == 130, run.tail()
 

@@ -44,11 +44,10 @@ def test_a_terminated_a_stopped_and_a_killed_worker(make_run: Callable) -> None:
     run.wait_for("new workers again", lambda: run.newest()[0] == 3 and run.trains(2, 3))
     assert not stopped.is_running()
 
-    send(workers_of(driver.pid)[:1], signal.SIGTERM)
-    run.wait_for("another checkpoint", lambda: bool(run.events("checkpoint")))
     driver.send_signal(signal.SIGINT)
     assert driver.wait(timeout=120) == 130, run.tail()
+    assert "stopped; the same command goes on from the last checkpoint" in run.tail()
+    assert checkpoints.steps(run.folder) == [saved.step, run.trained() + 1], "Ctrl-C saves the step under way"
     result = audit_run(load_config(run.config), run.folder)
     assert result.whole and result.attempts == 3
     assert [recovery.cause for recovery in result.recoveries][-1] == "no sign of life of a worker"
-    assert checkpoints.steps(run.folder)[0] == saved.step
