@@ -64,7 +64,7 @@ def test_a_mistake_that_ray_is_needed_for_is_one_line_too(mistake: str, make_run
     [
         ("40k", "run.storage cannot be written"),
         ("72k", "the shard cannot be written below run.storage"),
-        ("700k", "MLflow at 'sqlite:"),
+        ("700k", "run.storage cannot be written"),
         ("2m", "run.storage cannot be written"),
     ],
     ids=["tokenizer", "packs", "MLflow", "checkpoint"],

@@ -295,6 +295,38 @@ def test_an_experiment_that_is_deleted_refuses_the_run(server: Server, new_run: 
     assert (log.close("FAILED"), log.status().messages) == ("", [])
 
 
+@pytest.mark.slow
+def test_whole_commands_with_a_server_that_is_down_and_up_again(server: Server, make_run: Callable) -> None:
+    run = make_run("run", optimization={"steps": 4}, tracking={"uri": server.uri})
+    server.kill()
+    lines = [line for line in run.finish("train").splitlines() if "MLflow" in line]
+    assert [line.split(" (")[0] for line in lines] == [
+        f"MLflow at {server.uri} fails",
+        f"MLflow at {server.uri} has not got all of this run",
+    ]
+    assert len(run.records()) == 4
+    server.start()
+    assert "MLflow" not in run.finish("train")
+    assert len(run.records()) == 4, "nothing is trained again"
+    client = MlflowClient(server.uri)
+    found = client.get_run(read_json(run.folder / "run.json")["mlflow_run_id"])
+    assert found.info.status == "FINISHED"
+    points = client.get_metric_history(found.info.run_id, "train/loss")
+    assert [(point.step, point.value) for point in points] == [(line.step, line.loss) for line in run.records()]
+
+
+@pytest.mark.slow
+def test_a_command_with_an_experiment_that_is_deleted(server: Server, make_run: Callable) -> None:
+    client = MlflowClient(server.uri)
+    client.delete_experiment(client.create_experiment("thrown away"))
+    run = make_run("run", tracking={"uri": server.uri, "experiment": "thrown away"})
+    finished = subprocess.run(run.command("train"), capture_output=True, text=True, timeout=10 * WAIT_S)
+    assert finished.returncode == 2, finished.stderr
+    [error] = finished.stderr.splitlines()
+    assert error.startswith("error: tracking.experiment = 'thrown away' is deleted; name another, or restore it")
+    assert not run.records()
+
+
 def test_a_server_that_is_no_mlflow_refuses_the_run(new_run: Callable) -> None:
     web = subprocess.Popen(
         [sys.executable, "-u", "-m", "http.server", "0", "--bind", "127.0.0.1"],

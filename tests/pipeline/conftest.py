@@ -58,7 +58,7 @@ def _text(words: int, seed: int) -> str:
 
 @pytest.fixture(scope="session")
 def mlflow_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An empty database of MLflow, to copy: making one takes seconds."""
+    """An empty database of MLflow, to copy: making one takes seconds, and so does the import that it brings."""
     from mlflow import MlflowClient
 
     path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
