@@ -62,12 +62,19 @@ class MlflowRun:
     def __init__(self, client: MlflowClient, run: Run) -> None:
         self.client, self.run_id = client, run.info.run_id
         self.status, self.tags = run.info.status, run.data.tags
-        # Points are sent in the order of their steps, so the server has all of a metric up to the last step it shows.
-        self._last_step = {metric.key: metric.step for metric in run.data.to_proto().metrics}
+        self.last_step = {metric.key: metric.step for metric in run.data.to_proto().metrics}
+        """The last step of each metric that the server has."""
+        # Points are sent in the order of their steps, so that it has all before it too, unless it has lost some.
+        self._steps: dict[str, set[int]] = {}
+        if len(self._steps_of("train/loss")) <= self.last_step.get("train/loss", -1):
+            self._steps = {metric: self._steps_of(metric) for metric in self.last_step}
         self._config_kept = False
 
     def lacks(self, point: Point) -> bool:
-        return point.step > self._last_step.get(point.metric, -1)
+        """Whether the server has no value of this metric at this step."""
+        if point.step > self.last_step.get(point.metric, -1):
+            return True
+        return point.metric in self._steps and point.step not in self._steps[point.metric]
 
     def send(self, points: Sequence[Point]) -> None:
         """Logs the points that the server lacks. points: ascending in step, within each metric."""
@@ -75,7 +82,9 @@ class MlflowRun:
         for start in range(0, len(lacking), METRICS_LIMIT):
             batch = lacking[start : start + METRICS_LIMIT]
             self.client.log_batch(self.run_id, metrics=[_metric(point) for point in batch])
-            self._last_step |= {point.metric: point.step for point in batch}
+            for point in batch:
+                self.last_step[point.metric] = max(point.step, self.last_step.get(point.metric, -1))
+                self._steps.get(point.metric, set()).add(point.step)
 
     def describe(self, tags: dict[str, str], status: str | None, ended: float) -> None:
         """Sets tags and status where they are others; `ended`: Unix time, seconds, of a run that is not RUNNING."""
@@ -109,6 +118,9 @@ class MlflowRun:
             self.client.log_artifacts(self.run_id, local, artifact_path=folder.name)
         metrics = [_metric(Point(metric, step, value, time)) for metric, value in values.items()]
         self.client.log_batch(self.run_id, metrics=metrics)
+
+    def _steps_of(self, metric: str) -> set[int]:
+        return {point.step for point in self.client.get_metric_history(self.run_id, metric)}
 
     def _has(self, metric: str, step: int, value: float) -> bool:
         points = self.client.get_metric_history(self.run_id, metric)

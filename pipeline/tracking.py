@@ -73,6 +73,7 @@ class Tracker:
         self._lines: deque[tuple[int, StepRecord | Event]] = deque()
         self._metrics: RunMetrics | None = None  # None until the ledger is read
         self._points: list[Point] = []
+        self._sent: dict[str, int] = {}  # last step of each metric that a server has taken
         self._run: MlflowRun | None = None
         self._problem, self._mistake = "", ""
         self._accepted = self._given_up = False
@@ -80,7 +81,7 @@ class Tracker:
         self._thread = threading.Thread(target=self._keep_up, name="mlflow", daemon=True)
 
     def start(self, attempts: int, say: Callable[[str], None]) -> None:
-        """Begins. Lines of attempts after the first `attempts` come by `take`, not from the ledger.
+        """Begins. Lines of attempts after the first `attempts` come by `take`, before or after the ledger has them.
 
         `say` gets a line when the server begins to fail, and one when it is back.
         """
@@ -145,32 +146,47 @@ class Tracker:
     def _bring_up_to_date(self) -> None:
         """Sends everything that there is to send."""
         self._wake.clear()
-        if self._run is None:
-            from pipeline.mlflow_run import open_run
-
-            self._run = open_run(self.config, self.uri, self.folder)
-        if self._metrics is None:
-            self._metrics, self._points = self._read_ledger(self._run)
+        run = self._run = self._run or self._connect()
+        metrics = self._metrics or self._read_ledger(run)
         while self._lines or self._points:
             while self._lines and len(self._points) < POINTS_AT_ONCE:
-                self._points += self._metrics.take(*self._lines.popleft())
-            self._run.send(self._points[:POINTS_AT_ONCE])
+                self._points += metrics.take(*self._lines.popleft())
+            run.send(self._points[:POINTS_AT_ONCE])
+            self._sent |= run.last_step
             del self._points[:POINTS_AT_ONCE]
-        self._run.describe(self._metrics.tags(), self._metrics.status, self._metrics.ended)
-        self._run.keep_config(self.config)
+        run.describe(metrics.tags(), metrics.status, metrics.ended)
+        run.keep_config(self.config)
         if self.evaluated is not None:
             step, values = self.evaluated.step, self.evaluated.metrics
-            self._run.keep_evaluation(self.folder / "evaluation", values, step, time.time())
-            if self._metrics.status is None:  # evaluated without having been trained here
-                self._run.describe({}, "FINISHED", time.time())
+            run.keep_evaluation(self.folder / "evaluation", values, step, time.time())
+            if metrics.status is None:  # evaluated without having been trained here
+                run.describe({}, "FINISHED", time.time())
 
-    def _read_ledger(self, run: "MlflowRun") -> tuple[RunMetrics, list[Point]]:
-        """The state after the attempts that were there at the start, and what the server lacks of them."""
-        metrics, points = RunMetrics(self.config.optimization.global_batch * self.config.context.length), []
+    def _connect(self) -> "MlflowRun":
+        from pipeline.mlflow_run import open_run
+
+        run = open_run(self.config, self.uri, self.folder)
+        if any(run.last_step.get(metric, -1) < step for metric, step in self._sent.items()):
+            self._read_ledger(run)  # the server has lost what it had, or all of it: a database without a disk
+            self._sent = {}
+        return run
+
+    def _read_ledger(self, run: "MlflowRun") -> RunMetrics:
+        """Puts what the server lacks of the ledger before what is to be sent.
+
+        Returns the state after the attempts that were there at the start; `take` goes on from it. What both it and the
+        ledger bring is sent once.
+        """
+        tokens_per_step = self.config.optimization.global_batch * self.config.context.length
+        whole, before = RunMetrics(tokens_per_step), RunMetrics(tokens_per_step)
+        points: list[Point] = []
         for attempt, line in read_ledger(self.folder):
+            points += [point for point in whole.take(attempt, line) if run.lacks(point)]
             if self._attempts is None or attempt <= self._attempts:
-                points += [point for point in metrics.take(attempt, line) if run.lacks(point)]
-        return metrics, points
+                before.take(attempt, line)
+        self._points = points + self._points
+        self._metrics = self._metrics or before
+        return self._metrics
 
     def _failed(self, error: Exception) -> None:
         self._run = None

@@ -141,21 +141,28 @@ def record(step: int) -> StepRecord:
     )
 
 
+def train(log: RunLog, step: int) -> None:
+    log.step(log.status().attempt, record(step))
+
+
 def begin(values: dict[str, Any], step: int = 0) -> RunLog:
     log = RunLog(values, str(Path(values["run"]["storage"]) / "watched"), os.getpid())
     log.start_attempt(2, step, STARTED)
     return log
 
 
+def known_of(log: RunLog) -> dict[str, str]:
+    """What run.json says."""
+    record = log.folder / "run.json"
+    return read_json(record) if record.exists() else {}
+
+
 def tracked(server: Server, log: RunLog) -> Run:
     """The run on the server; there is one, and it is that of run.json."""
-    client = MlflowClient(server.uri)
-    record = log.folder / "run.json"
-    key = read_json(record)["mlflow_key"]
-    [run] = client.search_runs(
-        [found.experiment_id for found in client.search_experiments()], f"tags.`longlora.run` = '{key}'"
-    )
-    assert run.info.run_id == read_json(record)["mlflow_run_id"]
+    client, known = MlflowClient(server.uri), known_of(log)
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    [run] = client.search_runs(experiments, f"tags.`longlora.run` = '{known['mlflow_key']}'")
+    assert run.info.run_id == known["mlflow_run_id"]
     return run
 
 
@@ -180,7 +187,7 @@ def whole(server: Server, log: RunLog, steps: int) -> None:
 def test_a_server_that_is_started_after_the_run(down: Server, new_run: Callable) -> None:
     log = begin(new_run(down.uri))
     for step in range(20):
-        log.step(log.status().attempt, record(step))
+        train(log, step)
     until_said(log, 1)
     assert log.status().messages[0].startswith(f"MLflow at {down.uri} fails (Connection refused): training goes on")
     down.start()
@@ -191,7 +198,7 @@ def test_a_server_that_is_started_after_the_run(down: Server, new_run: Callable)
     log.happened("failure", {"cause": "worker died"})
     log.start_attempt(1, 10, STARTED)
     for step in range(10, 30):  # half of them again
-        log.step(log.status().attempt, record(step))
+        train(log, step)
     assert log.close("FINISHED") == ""
     whole(down, log, 30)
     run = tracked(down, log)
@@ -203,17 +210,18 @@ def test_a_server_that_is_started_after_the_run(down: Server, new_run: Callable)
 
 def test_a_server_that_hangs_delays_no_step(server: Server, new_run: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     log = begin(new_run(server.uri))
-    log.step(log.status().attempt, record(0))
-    until(lambda: (log.folder / "run.json").exists() and "mlflow_run_id" in read_json(log.folder / "run.json"))
-    server.send(signal.SIGSTOP)
+    train(log, 0)
+    until(lambda: "mlflow_run_id" in known_of(log))
+    until(lambda: steps_of(server, log) == [0])
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")  # read for each request; 10 otherwise
+    server.send(signal.SIGSTOP)
     try:
         slowest, step = 0.0, 1
-        while not log.status().messages or step < 100:
+        while not log.status().messages:
             before = time.perf_counter()
-            log.step(log.status().attempt, record(step))
+            train(log, step)
             slowest, step = max(slowest, time.perf_counter() - before), step + 1
-            time.sleep(0.01)
+            time.sleep(0.05)
     finally:
         monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
         server.send(signal.SIGCONT)
@@ -229,9 +237,9 @@ def test_a_run_that_died_while_the_server_was_down(server: Server, new_run: Call
     script = (
         "import json, os, sys\n"
         "sys.path.insert(0, sys.argv[1])\n"
-        "from test_tracking_server import begin, record\n"
+        "from test_tracking_server import begin, train\n"
         "log = begin(json.loads(sys.argv[2]))\n"
-        "for step in range(10): log.step(log.status().attempt, record(step))\n"
+        "for step in range(10): train(log, step)\n"
         "os.kill(os.getpid(), 9)\n"
     )
     command = [sys.executable, "-c", script, str(Path(__file__).parent), parse_config(values).model_dump_json()]
@@ -239,7 +247,7 @@ def test_a_run_that_died_while_the_server_was_down(server: Server, new_run: Call
     assert died.returncode == -signal.SIGKILL
     log = begin(new_run(server.uri), step=8)
     for step in range(8, 12):
-        log.step(log.status().attempt, record(step))
+        train(log, step)
     assert log.close("FINISHED") == ""
     whole(server, log, 12)
     assert tracked(server, log).data.tags["longlora.disturbances"] == "1: 1 driver restart"
@@ -251,7 +259,7 @@ def test_a_server_that_is_down_until_after_the_end(
     dead = new_run("http://127.0.0.1:9")
     log = begin(dead)
     for step in range(5):
-        log.step(log.status().attempt, record(step))
+        train(log, step)
     line = log.close("FINISHED")
     assert line == (
         "MLflow at http://127.0.0.1:9 has not got all of this run (Connection refused): "
@@ -270,11 +278,11 @@ def test_a_server_that_is_killed_again_and_again(server: Server, new_run: Callab
     log, step = begin(new_run(server.uri)), 0
     for outage in range(3):
         for _ in range(200):
-            log.step(log.status().attempt, record(step))
+            train(log, step)
             step += 1
             time.sleep(0.01)
         server.kill()
-        log.step(log.status().attempt, record(step))
+        train(log, step)
         step += 1
         until_said(log, 2 * outage + 1)
         server.start()
@@ -293,6 +301,28 @@ def test_an_experiment_that_is_deleted_refuses_the_run(server: Server, new_run: 
         log.start_attempt(2, 0, STARTED)
     assert "'gone' is deleted" in log.status().error
     assert (log.close("FAILED"), log.status().messages) == ("", [])
+
+
+@pytest.mark.slow
+def test_a_server_that_comes_back_without_its_data(server: Server, new_run: Callable) -> None:
+    """As one does that keeps its database in a container: it gets the whole run again, at once."""
+    log = begin(new_run(server.uri))
+    for step in range(10):
+        train(log, step)
+    until(lambda: "mlflow_run_id" in known_of(log))
+    until(lambda: len(steps_of(server, log)) == 10)
+    server.kill()
+    for path in server.folder.glob("mlflow.db*"):
+        path.unlink()
+    for step in range(10, 15):
+        train(log, step)
+    until_said(log, 1)
+    server.start()
+    until_said(log, 2)
+    assert sorted(steps_of(server, log)) == list(range(15))
+    train(log, 15)
+    assert log.close("FINISHED") == ""
+    whole(server, log, 16)
 
 
 @pytest.mark.slow

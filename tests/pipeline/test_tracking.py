@@ -144,6 +144,16 @@ def test_another_server_gets_the_whole_run(config: Config, folder: UPath, tmp_pa
     assert len(runs(config)) == 1, "and the first is found again by its key"
 
 
+def test_what_a_server_has_lost_it_gets_again(config: Config, folder: UPath, tmp_path: Path) -> None:
+    attempt(folder, range(5), status="FINISHED")
+    deliver(config, folder)
+    with closing(sqlite3.connect(tmp_path / "mlflow.db")) as database, database:
+        database.execute("DELETE FROM metrics WHERE step IN (1, 3)")
+    deliver(config, folder)
+    for metric in ("train/loss", "run/attempt"):
+        assert [step for step, _ in history(config, metric)] == [0, 1, 2, 3, 4]
+
+
 def test_an_evaluation_is_delivered_with_its_files_once(config: Config, folder: UPath) -> None:
     (folder / "evaluation").mkdir()
     (folder / "evaluation" / "perplexity.json").write_text("[]")
