@@ -213,3 +213,14 @@ def test_the_categories_of_any_ledger_add_up_to_its_time(seed: int) -> None:
     assert sum(seconds.values()) == pytest.approx(max(line.time for line in lines) - lines[0].time)
     assert 0 <= goodput(seconds) <= 1 + 1e-9
     assert all(value >= -1.0 for one in recoveries(lines) for value in (one.detect, one.schedule, one.restore))
+
+
+def test_what_follows_the_last_checkpoint_is_no_saving() -> None:
+    lines: list[Line] = [
+        start(0, 10.0),
+        step(0, 12.0),
+        Event("checkpoint", 1, 13.0, {"seconds": 0.5}),
+        Event("end", 1, 15.0, {"status": "FINISHED"}),
+    ]
+    seconds = seconds_by_category(lines, {1})
+    assert (seconds[SAVE], seconds[OTHER]) == (1.0, 2.0)
