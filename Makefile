@@ -5,16 +5,13 @@ BIN := $(VENV)/bin
 PYTHON ?= python3
 SOURCES := longlora pipeline cluster tests examples $(wildcard benchmarks)
 
-# DeepSpeed and torch call `ninja` by name; another version than the lock's would compile the CPU op anew.
-export PATH := $(CURDIR)/$(BIN):$(PATH)
-
 .DEFAULT_GOAL := help
 .PHONY: help setup quickstart test check soak bench schema lock
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-setup: $(VENV)/.compiled  ## Install the locked dependencies and this project into .venv (once)
+setup: $(VENV)/.installed  ## Install the locked dependencies and this project into .venv (once)
 
 quickstart: setup  ## Extend a tiny Llama from 512 to 4096 tokens on real books, on this machine
 	$(BIN)/python pipeline/main.py
@@ -59,11 +56,4 @@ $(VENV)/.installed: requirements.lock pyproject.toml | $(BIN)/python
 	@if command -v uv >/dev/null; then install="uv pip install --python $(BIN)/python"; \
 	else install="$(BIN)/python -m pip install"; fi; \
 	$$install --require-hashes -r requirements.lock && $$install --no-deps --no-build-isolation -e .
-	@touch $@
-
-# DeepSpeed on CPU compiles a shared-memory op at the first start; done here, no training waits for it.
-$(VENV)/.compiled: $(VENV)/.installed
-	@command -v c++ >/dev/null || { echo "a C++ compiler is missing: install one, e.g. apt install g++"; exit 1; }
-	@echo "Compiling DeepSpeed's CPU op (once, one to four minutes)"
-	@DS_ACCELERATOR=cpu $(BIN)/python -c "from deepspeed.comm.torch import build_shm_op; build_shm_op()"
 	@touch $@

@@ -95,11 +95,14 @@ class PresentNodesPolicy(ElasticScalingPolicy):
 
 
 def _on_present_nodes(reserved: Reserved) -> Reserved:
+    """What is reserved on nodes that are there; on others that are there, what nobody uses, in place of lost ones."""
     leaving = ray._private.state.state.get_draining_nodes()
-    staying = [node for node in ray.nodes() if node["NodeID"] in reserved and node["NodeID"] not in leaving]
+    staying = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in leaving]
     with ThreadPoolExecutor(max_workers=32) as pool:
         answers = list(pool.map(_answers, staying))
-    return {node["NodeID"]: reserved[node["NodeID"]] for node, there in zip(staying, answers, strict=True) if there}
+    free = ray._private.state.state.available_resources_per_node()
+    present = [node["NodeID"] for node, there in zip(staying, answers, strict=True) if there]
+    return {node: reserved.get(node) or free.get(node, {}) for node in present}
 
 
 def _answers(node: dict[str, Any]) -> bool:

@@ -30,6 +30,11 @@ from pipeline.config import Config
 from pipeline.feed import MicroBatch
 from pipeline.optimizer import MOMENTS, Fragment, ParameterState, set_learning_rate
 
+# None of the ops that DeepSpeed would compile is used. The one for CPUs is built at the first start, and ninja looks at
+# it again at every later one: workers that were killed meanwhile left a damaged log, and the next ones compiled for two
+# minutes (docs/decisions.md, 30). gloo reduces gradients as well.
+deepspeed.ops.__compatible_ops__ = {}
+
 
 @dataclass(frozen=True)
 class StepResult:

@@ -2,10 +2,8 @@
 
 import logging
 import os
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, TypeVar
 
 from pipeline.config import REPOSITORY, Config
@@ -47,11 +45,9 @@ def ray_session(config: Config) -> Iterator[None]:
     os.environ.setdefault("RAY_worker_niceness", "0")  # 15 by default: anything else on the machine would starve a step
     import ray
 
-    # DeepSpeed compiles its CPU op with the ninja that it finds first: it must be the environment's, here and there.
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     variables = worker_environment(config.workers.zero_stage)
     places = {name: os.environ[name] for name in OBJECT_STORE if name in os.environ}
-    environment = {"env_vars": {"PYTHONPATH": str(REPOSITORY), "PATH": path, **places, **variables}}
+    environment = {"env_vars": {"PYTHONPATH": str(REPOSITORY), **places, **variables}}
     quiet: dict[str, Any] = {
         "log_to_driver": False,  # the run's status line says what happens; workers' output is in Ray's log folder
         "logging_level": logging.ERROR,

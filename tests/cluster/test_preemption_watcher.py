@@ -438,7 +438,8 @@ def test_the_right_ray_node_is_drained(ray_cluster: Any, monkeypatch: pytest.Mon
         def ready(self) -> bool:
             return True
 
-    work = Work.remote()
+    # Detached, for nothing but the end of the cluster is to end it.
+    work = Work.options(name="work", lifetime="detached").remote()
     assert ray.get(work.ready.remote())
     (worker,) = ray_cluster.worker_nodes
     monkeypatch.setenv("RAY_ADDRESS", ray_cluster.address)

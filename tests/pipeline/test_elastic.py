@@ -41,18 +41,26 @@ def closed() -> int:
 
 
 def policy_on(
-    monkeypatch: pytest.MonkeyPatch, ports: dict[str, int], leaving: tuple[str, ...] = (), workers: Any = (1, 3)
+    monkeypatch: pytest.MonkeyPatch,
+    ports: dict[str, int],
+    leaving: tuple[str, ...] = (),
+    workers: Any = (1, 3),
+    reserved: tuple[str, ...] | None = None,
+    used: tuple[str, ...] = (),
 ) -> PresentNodesPolicy:
-    """A policy for workers of one CPU, and a cluster with such a node for each port."""
+    """A policy for workers of one CPU, on a cluster with such a node for each port; all are reserved if not said."""
     nodes = [
-        {"NodeID": name, "NodeManagerAddress": "127.0.0.1", "NodeManagerPort": port} for name, port in ports.items()
+        {"NodeID": name, "Alive": True, "NodeManagerAddress": "127.0.0.1", "NodeManagerPort": port}
+        for name, port in ports.items()
     ]
+    free = {name: {"CPU": 0.0 if name in used else 1.0} for name in ports}
     monkeypatch.setattr(ray, "nodes", lambda: nodes)
     monkeypatch.setattr(ray, "get", lambda value, timeout: value)
     monkeypatch.setattr(ray._private.state.state, "get_draining_nodes", lambda: dict.fromkeys(leaving, 0))
+    monkeypatch.setattr(ray._private.state.state, "available_resources_per_node", lambda: free)
     policy = PresentNodesPolicy(ScalingConfig(num_workers=workers, resources_per_worker={"CPU": 1}), "run", Log())
-    reserved = {name: {"CPU": 1.0} for name in ports}
-    remote = SimpleNamespace(remote=lambda requester, recompute: reserved)
+    ours = {name: {"CPU": 1.0} for name in (ports if reserved is None else reserved)}
+    remote = SimpleNamespace(remote=lambda requester, recompute: ours)
     client = SimpleNamespace(
         _autoscaling_coordinator=SimpleNamespace(get_reserved_resources=remote),
         maybe_send_resource_request=lambda *_: None,
@@ -67,6 +75,17 @@ def test_workers_start_on_nodes_that_are_there(monkeypatch: pytest.MonkeyPatch, 
     assert isinstance(decision, ResizeDecision) and decision.num_workers == 2
     selector = policy.on_controller_start_worker_group(scaling_config=policy.scaling_config, num_workers=2)
     assert selector == {"ray.io/node-id": "in(a,b)"}
+
+
+def test_a_node_that_nobody_uses_takes_the_place_of_a_lost_one(
+    monkeypatch: pytest.MonkeyPatch, raylet: int, closed: int
+) -> None:
+    ports = {"a": raylet, "lost": closed, "spare": raylet, "another run's": raylet}
+    policy = policy_on(monkeypatch, ports, workers=(1, 2), reserved=("a", "lost"), used=("a", "another run's"))
+    decision = policy.make_decision_for_non_running_worker_group()
+    assert isinstance(decision, ResizeDecision) and decision.num_workers == 2
+    selector = policy.on_controller_start_worker_group(scaling_config=policy.scaling_config, num_workers=2)
+    assert selector == {"ray.io/node-id": "in(a,another run's,spare)"}
 
 
 def test_too_few_nodes_are_waited_for_and_counted(monkeypatch: pytest.MonkeyPatch, raylet: int, closed: int) -> None:
