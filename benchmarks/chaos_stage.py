@@ -21,7 +21,7 @@ from upath import UPath
 from pipeline.config import load_config
 from pipeline.ledger import Event
 
-STEPS_EACH = 14
+STEPS_EACH = 10
 """Steps of a run for each disturbance."""
 HANG_TIMEOUT_S = 10
 CHECKPOINT_EVERY = 10
