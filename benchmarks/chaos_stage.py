@@ -120,9 +120,9 @@ def kill_worker(stage: Stage) -> float:
 def stop_worker(stage: Stage) -> float:
     """SIGSTOP: the process is there, and says nothing. Continued when it has been given up, it must do no harm."""
     stopped = random.choice(workers_of())
-    attempt, began = attempt_of(stage), time.time()
+    attempt, began = stage.run.attempt(), time.time()
     send([stopped], signal.SIGSTOP)
-    stage.run.wait_for("its loss", lambda: attempt_of(stage) > attempt)
+    stage.run.wait_for("its loss", lambda: stage.run.attempt() > attempt)
     send([stopped], signal.SIGCONT)
     return began
 
@@ -165,11 +165,11 @@ def terminate_worker(stage: Stage) -> None:
 
 def refuse_writes(stage: Stage) -> float:
     """The workers' files may not grow beyond 64 KiB: the next checkpoint fails with EFBIG, from the kernel."""
-    attempt, began = attempt_of(stage), time.time()
+    attempt, began = stage.run.attempt(), time.time()
     for worker in workers_of():
         with suppress(psutil.NoSuchProcess):
             worker.rlimit(psutil.RLIMIT_FSIZE, (1 << 16, resource.RLIM_INFINITY))
-    stage.run.wait_for("a failed checkpoint", lambda: attempt_of(stage) > attempt)
+    stage.run.wait_for("a failed checkpoint", lambda: stage.run.attempt() > attempt)
     return began
 
 
@@ -270,22 +270,18 @@ def _tell(stage: Stage, done: list[Disturbance], count: int) -> None:
 
 
 def _disturb(stage: Stage, kind: Kind) -> Disturbance:
-    began, attempt, step = time.time(), attempt_of(stage), stage.run.trained()
+    began, attempt, step = time.time(), stage.run.attempt(), stage.run.trained()
     acted = kind(stage)
     if acted is not None:
         stage.run.wait_for(
             f"training after {kind.__name__}",
-            lambda: attempt_of(stage) > attempt and stage.run.trains(stage.workers),
+            lambda: stage.run.attempt() > attempt and stage.run.trains(stage.workers),
         )
     return Disturbance(kind.__name__, began, step, time.time() - acted if acted else 0.0)
 
 
 def _busy_nodes(cluster: SpotCluster) -> list[Any]:
     return [node for node in cluster.nodes if workers_of(raylet_pid(node))]
-
-
-def attempt_of(stage: Stage) -> int:
-    return stage.run.newest()[0]
 
 
 def _saved_since_the_notice(stage: Stage) -> bool:

@@ -1,7 +1,7 @@
 """How long does a run stand still when a worker or a node is lost, and where does the time go?
 
-    python benchmarks/recovery.py --save              # about half an hour on two cores
-    python benchmarks/recovery.py --rounds 1
+    python benchmarks/recovery.py --save              # about half an hour on two quiet cores
+    python benchmarks/recovery.py --rounds 1 --questions worker node
 
 Three questions, each against a cold start of the same run in the same round, on packs that are there:
 
@@ -39,6 +39,7 @@ from pipeline.timeline import recoveries
 
 WORKER_BOUND, NODE_BOUND_S, PROCESS_BOUND, POSITION_BOUND = 1.15, 30.0, 1.15, 1.2
 FAR = 10_000
+QUESTIONS = ("worker", "node", "position")
 ONE_LAYER = {
     "model_type": "llama",
     "vocab_size": 2048,
@@ -120,7 +121,7 @@ def last_process() -> float:
 
 def next_step(run: DisturbedRun, since_attempt: int, workers: int) -> float:
     """When the first step of the attempt after `since_attempt` was done, which is waited for."""
-    run.wait_for("the next step", lambda: run.newest()[0] > since_attempt and run.trains(workers))
+    run.wait_for("the next step", lambda: run.attempt() > since_attempt and run.trains(workers))
     return next(line.time for line in run.newest()[1] if isinstance(line, StepRecord))
 
 
@@ -131,7 +132,7 @@ def worker_rounds(scratch: Path, rounds: int) -> Figures:
         run = quickstart(scratch, f"worker-{number}", 2)
         cold_start(run, figures, 2)
         run.wait_for("a checkpoint", lambda run=run: bool(run.events("checkpoint")))
-        attempt, killed = run.newest()[0], time.time()
+        attempt, killed = run.attempt(), time.time()
         send(workers_of()[:1], psutil.signal.SIGKILL)
         figures.worker.append(next_step(run, attempt, 2) - killed)
         run.kill_driver()
@@ -150,7 +151,7 @@ def node_rounds(scratch: Path, rounds: int) -> Figures:
         for _ in range(rounds):
             cluster.add()
             run.wait_for("two workers", lambda: run.trains(2, 3))
-            attempt, killed = run.newest()[0], time.time()
+            attempt, killed = run.attempt(), time.time()
             cluster.remove(cluster.nodes[0])
             first = next_step(run, attempt, 1)
             phases = recoveries([line for _, line in read_ledger(run.folder)])[-1]
@@ -187,7 +188,7 @@ def position_rounds(scratch: Path, rounds: int) -> list[dict[str, float]]:
             run = one_layer(scratch, f"from-{step}-{number}", 2 * FAR)
             shutil.copytree(folder, run.folder)
             run.start()
-            run.wait_for("the next step", lambda run=run: run.newest()[0] > 1 and run.trains(1))
+            run.wait_for("the next step", lambda run=run: run.attempt() > 1 and run.trains(1))
             lines = run.newest()[1]
             first = next(line for line in lines if isinstance(line, StepRecord))
             if first.step != step:
@@ -205,35 +206,40 @@ def quantiles(values: Sequence[float]) -> tuple[float, float]:
 
 
 def judge(on_workers: Figures, on_nodes: Figures, positions: list[dict[str, float]]) -> list[dict[str, Any]]:
-    """A row for each bound."""
+    """A row for each bound of what was measured."""
     median = statistics.median
-    to_schedule = [row["detect"] + row["schedule"] for row in on_nodes.node]
-    again = median(row["process start → first step"] for row in on_nodes.node)
-    killed = median(on_workers.worker) / median(on_workers.cold)
-    far = median(row[str(FAR)] / row["10"] for row in positions)
-    checks = [
-        ("worker killed → next step ÷ cold start of the training stage", killed, WORKER_BOUND),
-        ("node lost: detect + schedule, p95, seconds", quantiles(to_schedule)[1], NODE_BOUND_S),
-        ("node lost: process start → first step ÷ cold", again / median(on_nodes.cold_process), PROCESS_BOUND),
-        (f"resume at step {FAR:,} ÷ at step 10", far, POSITION_BOUND),
-    ]
+    checks: list[tuple[str, float, float]] = []
+    if on_workers.worker:
+        killed = median(on_workers.worker) / median(on_workers.cold)
+        checks.append(("worker killed → next step ÷ cold start of the training stage", killed, WORKER_BOUND))
+    if on_nodes.node:
+        scheduled = quantiles([row["detect"] + row["schedule"] for row in on_nodes.node])[1]
+        again = median(row["process start → first step"] for row in on_nodes.node) / median(on_nodes.cold_process)
+        checks.append(("node lost: detect + schedule, p95, seconds", scheduled, NODE_BOUND_S))
+        checks.append(("node lost: process start → first step ÷ cold", again, PROCESS_BOUND))
+    if positions:
+        far = median(row[str(FAR)] / row["10"] for row in positions)
+        checks.append((f"resume at step {FAR:,} ÷ at step 10", far, POSITION_BOUND))
     return [
         {"what": what, "measured": f"{value:.2f}", "bound": bound, "verdict": "PASS" if value <= bound else "FAIL"}
         for what, value, bound in checks
     ]
 
 
-def phases(on_workers: Figures, on_nodes: Figures) -> dict[str, str]:
+def phases(on_workers: Figures, on_nodes: Figures, positions: list[dict[str, float]]) -> dict[str, str]:
     """p50 and p95 of everything that was timed, for the head of the report."""
     timed = {
         "command → first step": on_workers.command,
         "training stage → first step, two workers": on_workers.cold,
         "worker killed → next step": on_workers.worker,
-        **{f"node lost: {name}": [row[name] for row in on_nodes.node] for name in on_nodes.node[0]},
+        **{f"node lost: {name}": [row[name] for row in on_nodes.node] for name in (on_nodes.node or [{}])[0]},
+        "resume at step 10": [row["10"] for row in positions],
+        f"resume at step {FAR:,}": [row[str(FAR)] for row in positions],
     }
     return {
         f"{name} (s)": f"p50 {quantiles(values)[0]:.1f}, p95 {quantiles(values)[1]:.1f}, of {len(values)}"
         for name, values in timed.items()
+        if values
     }
 
 
@@ -241,19 +247,22 @@ def main() -> int:
     """0 if every bound holds."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--questions", nargs="+", choices=QUESTIONS, default=list(QUESTIONS))
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/<date>-recovery.json and .md")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="recovery-") as folder:
-        scratch = Path(folder)
-        on_workers = worker_rounds(scratch, options.rounds)
-        on_nodes = node_rounds(scratch, 2 * options.rounds)
-        positions = position_rounds(scratch, options.rounds)
-    facts = machine("cpu", ray=ray.__version__, transformers=transformers.__version__, **phases(on_workers, on_nodes))
+        scratch, asked = Path(folder), options.questions
+        on_workers = worker_rounds(scratch, options.rounds) if "worker" in asked else Figures()
+        on_nodes = node_rounds(scratch, 2 * options.rounds) if "node" in asked else Figures()
+        positions = position_rounds(scratch, options.rounds) if "position" in asked else []
+    timed = phases(on_workers, on_nodes, positions)
+    facts = machine("cpu", ray=ray.__version__, transformers=transformers.__version__, **timed)
     rows = judge(on_workers, on_nodes, positions)
     print("\n".join(f"{name}: {value}" for name, value in facts.items()))
     print(as_table(rows))
     if options.save:
-        print(f"written to {save('recovery', 'Recovery: workers, nodes, and the position in a run', facts, rows)}")
+        name = "-".join(["recovery", *(asked if len(asked) < len(QUESTIONS) else [])])
+        print(f"written to {save(name, 'Recovery: workers, nodes, and the position in a run', facts, rows)}")
     return 0 if all(row["verdict"] == "PASS" for row in rows) else 1
 
 

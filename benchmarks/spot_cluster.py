@@ -20,7 +20,7 @@ from ray.core.generated import autoscaler_pb2
 from upath import UPath
 
 from pipeline.config import REPOSITORY
-from pipeline.ledger import Event, StepRecord, read_ledger
+from pipeline.ledger import Event, StepRecord, newest_attempt, read_ledger
 
 SLOT = {"slot": 1}
 WAIT_S = 300.0
@@ -134,6 +134,10 @@ class DisturbedRun:
 
     def tail(self) -> str:
         return self.output.read_text(errors="replace")[-2000:] if self.output.exists() else ""
+
+    def attempt(self) -> int:
+        """The newest attempt's number: cheap, also where its predecessor has thousands of lines."""
+        return newest_attempt(self.folder)
 
     def newest(self) -> tuple[int, list[StepRecord | Event]]:
         """The newest attempt's number, 0 before the first, and its lines in the ledger."""

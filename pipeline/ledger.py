@@ -71,7 +71,7 @@ class LedgerWriter:
     def __init__(self, run_folder: UPath) -> None:
         self.folder = run_folder / "ledger"
         make_folder(self.folder)
-        self.attempt = max(_files(self.folder), default=0)
+        self.attempt = newest_attempt(run_folder)
         self._file: _LocalFile | _Parts | None = None
 
     def start_attempt(self) -> int:
@@ -143,6 +143,11 @@ class _Parts:
             raise RuntimeError(f"{path}: was written by another driver")
         del self._lines[: self._sent]
         self._part, self._sent = self._part + 1, 0
+
+
+def newest_attempt(run_folder: UPath) -> int:
+    """The number of the newest attempt that the ledger has, without reading it; 0 before the first."""
+    return max(_files(run_folder / "ledger"), default=0)
 
 
 def read_ledger(run_folder: UPath, newest_only: bool = False) -> Iterator[tuple[int, StepRecord | Event]]:
