@@ -59,8 +59,10 @@ class PresentNodesPolicy(ElasticScalingPolicy):
         self._present: list[str] = []
 
     def after_controller_start(self, train_run_context: Any) -> None:
-        """Asks for resources under the run's name: a driver that was killed holds what it asked for, for three minutes,
-        and under Ray's name for it, which is another for each driver, against the one that takes its place.
+        """Asks for resources under the run's name.
+
+        Ray's names differ from driver to driver, and what a killed one asked for is held for three minutes: the next
+        driver of the run would find it taken.
         """
         self._requester_id = f"longlora-{self.run}"
         self._coordinator_client = TrainAutoscalingCoordinatorClient(self._requester_id)
