@@ -31,8 +31,8 @@ from pipeline.feed import MicroBatch
 from pipeline.optimizer import MOMENTS, Fragment, ParameterState, set_learning_rate
 
 # None of the ops that DeepSpeed would compile is used. The one for CPUs is built at the first start, and ninja looks at
-# it again at every later one: workers that were killed meanwhile left a damaged log, and the next ones compiled for two
-# minutes (docs/decisions.md, 30). gloo reduces gradients as well.
+# it again at every later one, in a cache that the whole machine shares: another process that builds it anew stalls a
+# run for minutes (docs/decisions.md, 30). gloo reduces gradients as well.
 deepspeed.ops.__compatible_ops__ = {}
 
 
