@@ -5,7 +5,8 @@
 
 Two processes hold the state as ZeRO-2 cuts it, and save it as a run does: CheckpointWriter, Ray and the run's log. The
 base is only shapes. In each round, in turns, they also copy as many bytes in memory, and write as many bytes to as many
-files, all at once, with nothing but `write` and `fsync`. Nothing trains meanwhile: both writes have the machine alone.
+files, all at once, with nothing but `write` and `fsync`. Nothing trains meanwhile: both writes have the machine alone,
+and begin some seconds after the one before, as two saves of a run do.
 
 Bounds, of the medians of the rounds' ratios: training is held up for at most 2 × the time of the copy; from then on to
 the commit, bytes are written at 0.7 × the rate of the plain write or more. The files have at most 1.02 × the bytes of
@@ -42,6 +43,8 @@ from pipeline.train_driver import start_run_log
 
 WORLD_SIZE = 2
 MOST_BLOCKED, MOST_BYTES, LEAST_RATE = 2.0, 1.02, 0.7
+SETTLE_S = 3.0
+"""Disks go on with what was deleted after `sync` has returned (TRIM), and with caches of their own."""
 LLAMA_2_7B = {"vocab_size": 32000, "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32}
 QUICK = {"vocab_size": 8000, "hidden_size": 1024, "num_hidden_layers": 32, "num_attention_heads": 32}
 
@@ -146,6 +149,12 @@ def memory_since_reset(reset: bool = False) -> int:
     return 1024 * int(status.partition("VmHWM:")[2].split()[0])
 
 
+def settle() -> None:
+    """Until what was written or deleted before is no part of what is timed next: as between two saves of a run."""
+    os.sync()
+    time.sleep(SETTLE_S)
+
+
 class Pair:
     """Both ranks, and the run's log that they write to."""
 
@@ -162,7 +171,7 @@ class Pair:
         return ray.get([getattr(rank, what).remote(*arguments) for rank in self.ranks])
 
     def save(self, step: int) -> dict[str, float]:
-        os.sync()  # what was written or deleted before is no part of what is timed
+        settle()
         ranks = self.both("save", step, self.attempt)
         goes_on = min(rank["goes_on"] for rank in ranks)
         return {
@@ -176,7 +185,7 @@ class Pair:
         """Seconds of writing files as large as those of a checkpoint, by the ranks that wrote those."""
         sizes = {path.name: path.stat().st_size for path in self._checkpoint(step).iterdir()}
         last = sizes.pop("optimizer-2-of-2.safetensors")
-        os.sync()
+        settle()
         first, second = self.ranks
         return max(ray.get([first.plain_write.remote(list(sizes.values())), second.plain_write.remote([last])]))
 
