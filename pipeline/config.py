@@ -12,24 +12,20 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
+from pipeline.search_space import Search
+from pipeline.section import Positive, Section, Share
 from pipeline.tracking_uri import check_tracking_uri
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 DEFAULT_CONFIG = REPOSITORY / "configs" / "quickstart.yaml"
 
 RopeMethod = Literal["linear", "ntk", "dynamic", "yarn", "llama3"]
-Positive = Annotated[int, Field(gt=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class ConfigError(ValueError):
     """A user's mistake: its message is one line that names the key, the value and what would be legal."""
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True)
 
 
 class Run(Section):
@@ -225,6 +221,8 @@ class Tracking(Section):
     """MLflow tracking server; null keeps runs in `<run.storage>/mlflow.db`. Credentials come from the environment."""
     experiment: str = "longlora"
     """MLflow experiment."""
+    tags: dict[str, str] = {}
+    """Tags of the MLflow run, by which it is found and compared."""
 
     @model_validator(mode="after")
     def usable_uri(self) -> Self:
@@ -247,6 +245,7 @@ class Config(Section):
     checkpoint: Checkpoint = Checkpoint()
     evaluation: Evaluation = Evaluation()
     tracking: Tracking = Tracking()
+    search: Search = Search()
 
     @model_validator(mode="after")
     def no_secrets(self) -> Self:
@@ -276,7 +275,7 @@ class Config(Section):
 
     def flat(self) -> dict[str, Any]:
         """Dotted keys and JSON values, in the order of the file: what MLflow gets as params."""
-        sections = self.model_dump(mode="json")
+        sections = self.model_dump(mode="json", exclude=None if self.search.space else {"search"})
         return {f"{section}.{key}": value for section, values in sections.items() for key, value in values.items()}
 
     def decisive(self) -> dict[str, Any]:
