@@ -16,6 +16,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from pipeline.search_space import Search
 from pipeline.section import Positive, Section, Share
+from pipeline.tracking_tags import check_tags
 from pipeline.tracking_uri import check_tracking_uri
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -225,7 +226,8 @@ class Tracking(Section):
     """Tags of the MLflow run, by which it is found and compared."""
 
     @model_validator(mode="after")
-    def usable_uri(self) -> Self:
+    def usable(self) -> Self:
+        check_tags(self.tags)
         if self.uri is not None:
             check_tracking_uri(self.uri)
         return self
@@ -250,7 +252,7 @@ class Config(Section):
     @model_validator(mode="after")
     def no_secrets(self) -> Self:
         """What a config says is saved with the run and shown in MLflow."""
-        for key in ("run.storage", "data.train", "data.validation"):
+        for key in ("run.storage", "data.train", "data.validation", "tracking.tags"):
             if SECRET.search(str(self.flat()[key])):
                 raise ValueError(
                     f"{key} has credentials in a URI: put them into the environment (AWS_ACCESS_KEY_ID, …)"

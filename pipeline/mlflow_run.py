@@ -6,7 +6,7 @@ Every call may raise whatever MLflow, its transport and its database raise. Impo
 import os
 import tempfile
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from upath import UPath
 from pipeline.config import Config, ConfigError
 from pipeline.run_metrics import Point
 from pipeline.storage import create_once, is_local, json_bytes, read_json, write_json
+from pipeline.tracking_tags import KEY_TAG, tags_of
 
 # Set before MLflow is imported: a server that does not answer must cost seconds, and lines of ours, not of transports.
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
@@ -27,25 +28,25 @@ from mlflow import MlflowClient
 from mlflow.entities import LifecycleStage, Metric, Param, Run, RunTag, ViewType
 from mlflow.exceptions import MlflowException
 
+from pipeline.dataset_inputs import dataset_inputs
+
 mlflow.store.db.utils.MAX_RETRY_COUNT = (
     1  # trying again is done by who calls; MLflow would sleep here for up to an hour
 )
 
 METRICS_LIMIT = 1000  # in one request
-PARAMS_LIMIT = 100
+PARAMS_LIMIT = 100  # tags too
 PARAM_LIMIT = 6000  # characters of a param's value
-KEY_TAG = "longlora.run"
-"""Tag with the key that `run.json` gives a run before the server has heard of it, by which it is found again."""
 MISTAKES = ("UNAUTHENTICATED", "PERMISSION_DENIED", "ENDPOINT_NOT_FOUND", "INVALID_PARAMETER_VALUE")
 """Answers of a server that is there, and that trying again would not change."""
 
 
 def open_run(config: Config, uri: str, run_folder: UPath) -> "MlflowRun":
-    """The run, with the config as params; ConfigError for what only the user can mend, other errors for an outage."""
+    """The run, with its params and tags; ConfigError for what only the user can mend, other errors for an outage."""
     try:
         client = MlflowClient(uri)
         run = _find_or_create(client, config, run_folder)
-        _log_params(client, run, config)
+        _log_params_and_tags(client, run, config)
         return MlflowRun(client, client.get_run(run.info.run_id))
     except ImportError as error:
         raise ConfigError(f"MLflow at {uri!r} cannot be used: {error}; install the database's driver") from None
@@ -69,6 +70,8 @@ class MlflowRun:
         if len(self._steps_of("train/loss")) <= self.last_step.get("train/loss", -1):
             self._steps = {metric: self._steps_of(metric) for metric in self.last_step}
         self._config_kept = False
+        kept = run.inputs.dataset_inputs if run.inputs else []
+        self._packs_kept = {(made.dataset.name, made.dataset.digest) for made in kept}
 
     def lacks(self, point: Point) -> bool:
         """Whether the server has no value of this metric at this step."""
@@ -98,6 +101,17 @@ class MlflowRun:
             else:
                 self.client.set_terminated(self.run_id, status, end_time=round(1000 * ended))
             self.status = status
+
+    def keep_packs(self, config: Config, packs: Mapping[tuple[str, str], dict[str, Any]]) -> None:
+        """Logs what the run was trained and validated on as inputs, once. packs: as in `RunMetrics`."""
+        inputs = {(made.dataset.name, made.dataset.digest): made for made in dataset_inputs(config, packs)}
+        lacking = [made for key, made in inputs.items() if key not in self._packs_kept]
+        if lacking:
+            try:
+                self.client.log_inputs(self.run_id, datasets=lacking)
+            except MlflowException:  # another run has logged the same packs at this moment: now they are known
+                self.client.log_inputs(self.run_id, datasets=lacking)
+            self._packs_kept |= inputs.keys()
 
     def keep_config(self, config: Config) -> None:
         """Keeps the config as an artifact."""
@@ -183,7 +197,12 @@ def _experiment(client: MlflowClient, config: Config) -> str:
     """Id of the experiment, made if there is none; ConfigError if it is deleted."""
     experiment = client.get_experiment_by_name(config.tracking.experiment)
     if experiment is None:
-        return client.create_experiment(config.tracking.experiment, artifact_location=_artifacts(client))
+        try:
+            return client.create_experiment(config.tracking.experiment, artifact_location=_artifacts(client))
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+            return _experiment(client, config)  # another run has made it at this moment
     if experiment.lifecycle_stage == LifecycleStage.DELETED:
         raise ConfigError(
             f"tracking.experiment = {config.tracking.experiment!r} is deleted; name another, or restore it "
@@ -198,9 +217,12 @@ def _artifacts(client: MlflowClient) -> str | None:
     return None if file == client.tracking_uri else str(Path(file).absolute().parent / "mlartifacts")
 
 
-def _log_params(client: MlflowClient, run: Run, config: Config) -> None:
-    """Logs the settings that the run has no param of; one that has been logged cannot be changed."""
+def _log_params_and_tags(client: MlflowClient, run: Run, config: Config) -> None:
+    """Logs the settings that the run has no param of, for one that has been logged cannot be changed; tags can."""
     values = {key: str(value)[:PARAM_LIMIT] for key, value in config.flat().items() if key not in run.data.params}
     params = [Param(key, value) for key, value in values.items()]
     for start in range(0, len(params), PARAMS_LIMIT):
         client.log_batch(run.info.run_id, params=params[start : start + PARAMS_LIMIT])
+    tags = [RunTag(key, value) for key, value in tags_of(config).items() if run.data.tags.get(key) != value]
+    for start in range(0, len(tags), PARAMS_LIMIT):
+        client.log_batch(run.info.run_id, tags=tags[start : start + PARAMS_LIMIT])

@@ -158,6 +158,12 @@ class Packs:
                 )
         return cls(folder, manifest)
 
+    def summary(self) -> dict[str, Any]:
+        """What a reader of the run's ledger wants to know of them; `sequence_length` and the counts in tokens."""
+        counts = {name: self.manifest[name] for name in ("sequences", "sequence_length", "tokens", "target_tokens")}
+        documents = self.manifest["documents"]["packed"]
+        return {"uri": str(self.folder), "fingerprint": self.fingerprint, **counts, "documents": documents}
+
     def row(self, sequence: int) -> Row:
         """Sequence `sequence` of 0 … count - 1; reads the row group that holds it. IndexError outside."""
         shard, row = self._place(sequence)

@@ -96,6 +96,11 @@ class RunLog:
         status.tokens_per_second = sum(r.tokens for r in self._recent) / seconds
         status.remaining_s = (status.steps - status.step) * seconds / len(self._recent)
 
+    def sampled(self, attempt: int, details: dict[str, Any]) -> None:
+        """What a node's system is doing, of workers that have not been replaced; see `system_metrics.py`."""
+        if attempt == self.status_now.attempt:
+            self.event("system", self.status_now.step, details)
+
     def evaluated(self, step: int, loss: float, tokens: int, seconds: float) -> None:
         """The validation loss after `step` steps, a mean over `tokens` target tokens."""
         self.status_now.eval_loss = loss

@@ -1,10 +1,12 @@
-"""What MLflow shows of a run, as a function of its ledger: metrics, tags, status. Nothing here talks to MLflow.
+"""What MLflow shows of a run, as a function of its ledger: metrics, tags, status, packs. Nothing here talks to MLflow.
 
 A step that is redone after a restart has the same metrics again; the first record of a step counts.
 """
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from pipeline.ledger import Event, StepRecord
 
@@ -17,7 +19,7 @@ class Point:
 
     metric: str
     step: int
-    """Position on the step axis: training steps, or tokens in a metric `…_by_tokens`."""
+    """Position on the step axis: training steps; tokens in `…_by_tokens`; in `system/…` seconds of the run."""
     value: float
     time: float
     """Unix time, seconds."""
@@ -31,19 +33,28 @@ class RunMetrics:
         """As MLflow calls it: RUNNING, FINISHED, FAILED or KILLED; None before the first attempt."""
         self.ended = 0.0
         """Unix time of the end, seconds, where the run is not RUNNING."""
+        self.packs: dict[tuple[str, str], dict[str, Any]] = {}
+        """What the run was trained and validated on, by (training or validation, fingerprint)."""
         self._tokens_per_step = tokens_per_step
         self._next_step, self._next_evaluation = 0, 0  # what lies before them has its points
         self._attempts, self._drivers, self._world_size = 0, 0, 0
         self._disturbances: Counter[str] = Counter()
+        self._began: float | None = None
+        self._sampled: dict[str, int] = {}  # position of the last sample of each node
 
     def take(self, attempt: int, line: StepRecord | Event) -> list[Point]:
-        """The points of a line: a step's or a validation's, where it is the first of that step."""
+        """The points of a line: of a step or a validation the first of its number counts, of samples each."""
+        self._began = line.time if self._began is None else self._began
         if isinstance(line, StepRecord):
             return self._step(attempt, line)
         if line.event == "evaluation":
             return self._evaluation(line)
+        if line.event == "system":
+            return self._system(line, self._began)
         if line.event == "start":
             self._attempts, self._world_size, self.status = attempt, line.details["world_size"], "RUNNING"
+            for use, packs in line.details.get("packs", {}).items():  # missing in ledgers of earlier versions
+                self.packs[use, packs["fingerprint"]] = packs
         elif line.event == "end":
             self.status, self.ended = line.details["status"], line.time
         elif line.event == "driver":
@@ -89,6 +100,26 @@ class RunMetrics:
         loss = {"eval/loss": event.details["loss"]}
         tokens = event.step * self._tokens_per_step
         return _points(loss, event.step, event.time) + _points(loss, tokens, event.time, "_by_tokens")
+
+    def _system(self, event: Event, began: float) -> list[Point]:
+        """A node's sample, at the second in which it was told, so that one that MLflow has is never another's."""
+        node, nodes, values = (event.details[name] for name in ("node", "nodes", "values"))
+        prefix = f"system/{node}/" if nodes > 1 else "system/"
+        second = max(int(event.time - began), self._sampled.get(prefix, -1) + 1)  # clocks of drivers may differ
+        self._sampled[prefix] = second
+        return _points({prefix + name: value for name, value in values.items()}, second, event.time)
+
+
+def goodput_so_far(numbered: Sequence[tuple[int, StepRecord | Event]]) -> Point:
+    """`run/goodput` of a ledger's (attempt, line)s, at the steps that its newest checkpoint contains."""
+    from pipeline.audit import counting_steps  # pyarrow with it, for which no start of a run waits
+    from pipeline.timeline import goodput, seconds_by_category
+
+    lines = [line for _, line in numbered]
+    told = [line.step for line in lines if isinstance(line, Event) and line.event in ("start", "checkpoint")]
+    committed = told[-1] if told else 0
+    seconds = seconds_by_category(lines, counting_steps(numbered, committed))
+    return Point("run/goodput", committed, goodput(seconds), lines[-1].time)
 
 
 def _points(values: dict[str, float], step: int, time: float, suffix: str = "") -> list[Point]:

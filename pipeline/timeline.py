@@ -48,7 +48,8 @@ CATEGORIES = (
 )
 IN_STEADY_STATE = (PRODUCTIVE, PENDING, WASTED, SAVE, EVALUATION, OTHER)
 """What goes on between two disturbances."""
-BESIDE_THE_STEPS = ("checkpoint", "notice", "end")  # they do not divide the time: most are written during a step
+# They do not divide the time: most are written during a step.
+BESIDE_THE_STEPS = ("checkpoint", "notice", "system", "end")
 NOTICED = ("failure", "resize", "driver")
 PHASES = ("detect", "schedule", "restore", "first_step", "seconds")
 

@@ -24,7 +24,7 @@ from upath import UPath
 
 from pipeline.config import Config, ConfigError
 from pipeline.ledger import Event, StepRecord, read_ledger
-from pipeline.run_metrics import Point, RunMetrics
+from pipeline.run_metrics import Point, RunMetrics, goodput_so_far
 from pipeline.storage import is_local, storage_root
 
 if TYPE_CHECKING:  # both bring in what takes seconds to import
@@ -154,7 +154,10 @@ class Tracker:
             run.send(self._points[:POINTS_AT_ONCE])
             self._sent |= run.last_step
             del self._points[:POINTS_AT_ONCE]
+        if metrics.status not in (None, "RUNNING") and self._closing.is_set():  # the ledger has been closed by then
+            run.send([goodput_so_far(numbered)] if (numbered := list(read_ledger(self.folder))) else [])
         run.describe(metrics.tags(), metrics.status, metrics.ended)
+        run.keep_packs(self.config, metrics.packs)
         run.keep_config(self.config)
         if self.evaluated is not None:
             step, values = self.evaluated.step, self.evaluated.metrics

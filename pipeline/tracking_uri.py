@@ -20,6 +20,15 @@ def check_tracking_uri(uri: str) -> None:
         )
 
 
+def how_to_look(uri: str) -> str:
+    """One line that tells how to open MLflow's pages on the runs of a tracking URI that can be used."""
+    if uri.startswith("http"):
+        return f"MLflow: {uri}"
+    if uri.startswith("databricks"):
+        return "MLflow: the Databricks workspace of this machine's settings"
+    return f"MLflow: mlflow ui --backend-store-uri {uri}   then http://127.0.0.1:5000, which only this machine reaches"
+
+
 def _has_credentials(uri: str) -> bool:
     """A password, or on a web server any user: tokens are given in its place."""
     user = uri.partition("://")[2].rpartition("@")[0]

@@ -28,7 +28,8 @@ from pipeline.progress import show_progress
 from pipeline.run_config import keep_config
 from pipeline.run_log import RunLog
 from pipeline.session import uses_gpu
-from pipeline.tracking import deliver
+from pipeline.tracking import deliver, tracking_uri
+from pipeline.tracking_uri import how_to_look
 from pipeline.train_worker import train_worker
 
 
@@ -46,6 +47,7 @@ def train(config: Config, run_folder: UPath, packs: PreparedPacks) -> None:
             return
     run_log = start_run_log(config, run_folder)
     keep_config(config, run_folder)
+    print(how_to_look(tracking_uri(config)), flush=True)
     assignment = Assignment(
         config=config.model_dump(mode="json"),
         run_folder=str(run_folder),

@@ -21,6 +21,7 @@ from pipeline.models import build_model
 from pipeline.optimizer import build_optimizer, learning_rate
 from pipeline.order import positions_of_step, sequences_at, share
 from pipeline.packs import Packs
+from pipeline.system_metrics import sampling
 
 HOLD_S = 60.0
 """How long workers wait to be stopped after a checkpoint that announced it, before they go on."""
@@ -31,7 +32,8 @@ def train_loop(assignment: Assignment) -> None:
     run = Worker(assignment)
     step = run.restore()
     try:
-        train_from(step, run)
+        with sampling(assignment.run_log, run.attempt):
+            train_from(step, run)
     except Exception:
         # Also of a rank that lost its peer: a resize must not wait for a checkpoint that nobody makes any more.
         assignment.run_log.workers_ended.remote(run.attempt)
@@ -113,6 +115,7 @@ class Worker:
                 "checkpoint": folder.name if folder else None,
                 "attention": str(self.attention),
                 "discarded": discarded,
+                "packs": self._packs_told(),
             }
             started = [ray.get(self.assignment.run_log.start_attempt.remote(self.world_size, step, details))]
         dist.broadcast_object_list(started)
@@ -195,6 +198,13 @@ class Worker:
         self.feed.close()
         if self.rank == 0:
             ray.get(self.assignment.run_log.sync.remote(self.attempt))
+
+    def _packs_told(self) -> dict[str, dict[str, Any]]:
+        """What the ledger says of the packs, by their use."""
+        told = {"training": self.packs.summary()}
+        if self.assignment.validation_packs is not None:
+            told["validation"] = Packs.open(UPath(self.assignment.validation_packs)).summary()
+        return told
 
     def _validation_rows(self) -> list[MicroBatch]:
         """This rank's share of the first `evaluation.rows` held-out sequences, a row at a time."""

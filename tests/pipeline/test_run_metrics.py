@@ -1,5 +1,5 @@
 from pipeline.ledger import Event, StepRecord
-from pipeline.run_metrics import Point, RunMetrics
+from pipeline.run_metrics import Point, RunMetrics, goodput_so_far
 
 
 def record(step: int, loss: float = 2.0, world_size: int = 2) -> StepRecord:
@@ -92,3 +92,42 @@ def test_the_status_is_the_last_that_the_ledger_tells() -> None:
     assert (metrics.status, metrics.ended) == ("FAILED", 20.0)
     metrics.take(2, start(4, 2))
     assert metrics.status == "RUNNING"
+
+
+def sample(time: float, node: int = 0, nodes: int = 1) -> Event:
+    return Event("system", 3, time, {"node": node, "nodes": nodes, "values": {"cpu_utilization_percentage": 35.0}})
+
+
+def test_samples_have_mlflows_names_at_the_second_in_which_they_were_told() -> None:
+    metrics = RunMetrics(tokens_per_step=200)
+    metrics.take(1, Event("driver", 0, 100.0))
+    name = "cpu_utilization_percentage"
+    assert metrics.take(1, sample(112.5)) == [Point(f"system/{name}", 12, 35.0, 112.5)]
+    assert metrics.take(1, sample(112.6)) == [Point(f"system/{name}", 13, 35.0, 112.6)], "none is another's"
+    for node in range(2):  # of a second attempt, on more nodes
+        assert metrics.take(2, sample(150.0, node, 2)) == [Point(f"system/{node}/{name}", 50, 35.0, 150.0)]
+    assert metrics.take(3, sample(90.0)) == [Point(f"system/{name}", 14, 35.0, 90.0)], "of a driver whose clock is late"
+
+
+def test_the_packs_of_all_attempts_are_known() -> None:
+    metrics = RunMetrics(tokens_per_step=200)
+    metrics.take(1, start(0, 2))  # of an earlier version
+    assert metrics.packs == {}
+    for fingerprint in ("0a", "0a", "1b"):
+        metrics.take(
+            1, Event("start", 0, 1.0, {"world_size": 2, "packs": {"validation": {"fingerprint": fingerprint}}})
+        )
+    assert list(metrics.packs) == [("validation", "0a"), ("validation", "1b")]
+
+
+def test_goodput_is_that_of_the_committed_steps() -> None:
+    lines = [
+        Event("driver", 0, 0.0),
+        start(0, 2),
+        *(record(step) for step in range(4)),  # 4 s each, until 10 … 13 s
+        Event("checkpoint", 2, 13.0, {"seconds": 0.0}),
+        sample(13.5),
+        Event("end", 4, 20.0, {"status": "KILLED"}),
+    ]
+    lines[1] = Event("start", 0, 6.0, {"world_size": 2})
+    assert goodput_so_far([(1, line) for line in lines]) == Point("run/goodput", 2, 5 / 20, 20.0)

@@ -84,6 +84,16 @@ def test_every_second_has_one_category() -> None:
     assert goodput(seconds) == pytest.approx(5 / 33)
 
 
+def test_samples_of_the_system_take_no_time() -> None:
+    for place, time in ((0, 99.0), (4, 113.0), (len(LINES), 133.0)):
+        lines = [*LINES[:place], Event("system", 1, time), *LINES[place:]]
+        counting = {number + (number >= place) for number in COUNTING}
+        before = time < LINES[0].time  # a second of its own, of which nothing says what was done in it
+        expected = seconds_by_category(LINES, COUNTING)
+        expected[STARTUP] += before
+        assert seconds_by_category(lines, counting) == expected
+
+
 def test_a_recovery_has_four_phases() -> None:
     [recovery] = recoveries(LINES)
     assert (recovery.step, recovery.cause, recovery.redone) == (1, "worker died", 1)

@@ -1,19 +1,24 @@
 """MLflow with its default store, a SQLite file beside the runs; with a server: tests/integration."""
 
+import os
 import shutil
 import sqlite3
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
+from mlflow.utils.validation import _validate_metric_name
 from upath import UPath
 
 from pipeline import tracking
 from pipeline.config import Config, ConfigError, parse_config
 from pipeline.evaluation import Evaluated
 from pipeline.ledger import Event, LedgerWriter, StepRecord
+from pipeline.run_config import keep_config
+from pipeline.run_log import RunLog
 from pipeline.storage import read_json, write_json
 from pipeline.tracking import Tracker, deliver, tracking_uri
 
@@ -164,6 +169,94 @@ def test_an_evaluation_is_delivered_with_its_files_once(config: Config, folder: 
     listed = MlflowClient(tracking_uri(config)).list_artifacts(run.info.run_id, "evaluation")
     assert [file.path for file in listed] == ["evaluation/perplexity.json"]
     assert history(config, "eval/perplexity_512") == [(40, 36.7), (40, 38.2)]
+
+
+def with_tags(config: Config, tags: dict[str, str]) -> Config:
+    return config.model_copy(update={"tracking": config.tracking.model_copy(update={"tags": tags})})
+
+
+def test_tags_are_set_and_at_the_next_start_set_anew(config: Config, folder: UPath) -> None:
+    attempt(folder, range(1), status=None)
+    deliver(with_tags(config, {"team": "long", "note": "x" * 9000}), folder)
+    assert (runs(config)[0].data.tags["team"], len(runs(config)[0].data.tags["note"])) == ("long", 5000)
+    deliver(with_tags(config, {"team": "longer"}), folder)
+    [run] = runs(config)
+    assert run.data.tags["team"] == "longer"
+    found = {key: run.data.tags[f"longlora.{key}"] for key in ("rank", "group_size", "context_length")}
+    assert found == {"rank": "8", "group_size": "1024", "context_length": "4096"}
+
+
+def test_settings_of_any_size_are_within_mlflows_limits(config: Config, folder: UPath) -> None:
+    model = {"architecture": {f"setting_{n}": "x" * 100 for n in range(1000)}, "tokenizer": "t"}
+    files = [f"s3://bucket/books/{n:06}.jsonl.zst" for n in range(10_000)]
+    tags = {f"tag {n}": "y" * 100 for n in range(250)}  # more than one request takes
+    values = config.model_dump(mode="json") | {"model": model}
+    values["data"] |= {"train": files, "validation": files}
+    large = with_tags(parse_config(values), tags)
+    attempt(folder, range(1), status="FINISHED")
+    deliver(large, folder)
+    [run] = runs(config)
+    assert run.info.status == "FINISHED"
+    assert run.data.params == {key: str(value)[:6000] for key, value in large.flat().items()}
+    assert run.data.tags.items() >= tags.items()
+
+
+def test_packs_samples_and_goodput_are_delivered_once(config: Config, folder: UPath) -> None:
+    counts = {"sequences": 3, "sequence_length": 4096, "tokens": 190, "target_tokens": 185, "documents": 5}
+    packs = {
+        use: {"uri": "s3://bucket/packs/0a", "fingerprint": fingerprint, **counts}
+        for use, fingerprint in (("training", "0a"), ("validation", "1b"))
+    }
+    values = {"cpu_utilization_percentage": 35.0, "gpu_0_memory_usage_megabytes": 20_000}
+    for number in range(2):
+        ledger, began = LedgerWriter(folder), 1000.0 + 100 * number
+        ledger.start_attempt()
+        ledger.write(Event("start", number, began, {"world_size": 1, "packs": packs}))
+        for second in (10, 20):
+            ledger.write(Event("system", 0, began + second, {"node": 0, "nodes": 1, "values": values}))
+        ledger.write(replace(record(number), time=began + 25, seconds=5.0))
+        ledger.write(Event("checkpoint", number + 1, began + 26, {"seconds": 0.0}))
+        ledger.write(Event("end", number + 1, began + 40, {"status": "KILLED"}))
+        ledger.close()
+        for _ in range(2):
+            deliver(config, folder)
+    for metric, value in values.items():
+        assert history(config, f"system/{metric}") == [(second, value) for second in (10, 20, 110, 120)]
+    assert history(config, "run/goodput") == [(1, 5 / 40), (2, 10 / 140)]
+    [run] = runs(config)
+    assert run.inputs is not None
+    kept = sorted((one.dataset.name, one.dataset.digest, one.tags[0].value) for one in run.inputs.dataset_inputs)
+    assert kept == [("books", "0a", "training"), ("packs", "1b", "validation")]
+    for metric in run.data.metrics:
+        _validate_metric_name(metric)
+
+
+def test_no_secret_of_the_environment_is_written_anywhere(
+    config: Config, folder: UPath, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("AWS_SECRET_ACCESS_KEY", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN", "PGPASSWORD"):
+        monkeypatch.setenv(name, "hunter2")
+    values = config.model_dump(mode="json")
+    for section, key, secret in (
+        ("data", "train", ["s3://key:hunter2@bucket/books"]),
+        ("data", "validation", ["s3://key:hunter2@bucket/books"]),
+        ("run", "storage", "s3://key:hunter2@bucket/runs"),
+        ("tracking", "uri", "https://me:hunter2@mlflow.example.com"),
+    ):
+        with pytest.raises(ConfigError, match="credentials") as caught:
+            parse_config(values | {section: values[section] | {key: secret}})
+        assert "hunter2" not in str(caught.value)
+    log = RunLog(values, str(folder), os.getpid())
+    log.start_attempt(1, 0, {"checkpoint": None, "attention": "sdpa"})
+    log.step(1, record(0))
+    assert log.close("FINISHED") == ""
+    keep_config(config, folder)
+    (folder / "evaluation").mkdir()
+    (folder / "evaluation" / "perplexity.json").write_text("[]")
+    deliver(config, folder, Evaluated(1, {"eval/perplexity_512": 38.2}))
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {"mlflow.db", "config.yaml", "attempt-1.jsonl", "run.json"} <= {path.name for path in files}
+    assert [path for path in files if b"hunter2" in path.read_bytes()] == []
 
 
 def test_nothing_is_made_for_a_run_without_a_ledger(config: Config, folder: UPath) -> None:

@@ -1,7 +1,7 @@
 import pytest
 
 from pipeline.config import ConfigError, parse_config
-from pipeline.tracking_uri import check_tracking_uri
+from pipeline.tracking_uri import check_tracking_uri, how_to_look
 
 
 @pytest.mark.parametrize(
@@ -72,3 +72,15 @@ def test_a_config_with_such_a_uri_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"^tracking.uri carries credentials") as caught:
         parse_config(values)
     assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("uri", "line"),
+    [
+        ("http://mlflow.example.com:5000", "MLflow: http://mlflow.example.com:5000"),
+        ("sqlite:////home/me/mlflow.db", "MLflow: mlflow ui --backend-store-uri sqlite:////home/me/mlflow.db   then "),
+        ("databricks://profile", "MLflow: the Databricks workspace"),
+    ],
+)
+def test_one_line_tells_how_to_open_it(uri: str, line: str) -> None:
+    assert how_to_look(uri).startswith(line) and "\n" not in how_to_look(uri)
