@@ -2,6 +2,7 @@
 
 python pipeline/main.py [COMMAND] [--config FILE] [section.key=value …]
 python pipeline/main.py audit RUN_DIR
+python pipeline/main.py compare [NAME_OR_ID …]
 """
 
 import argparse
@@ -16,6 +17,7 @@ from pathlib import Path
 ROOT = str(Path(__file__).resolve().parent.parent)
 sys.path[:] = [ROOT, *(entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent)]
 
+from pipeline.compare import add_arguments, compare  # noqa: E402
 from pipeline.config import Config, ConfigError, load_config  # noqa: E402
 
 STAGES = {
@@ -41,6 +43,8 @@ def parser() -> argparse.ArgumentParser:
             stage.add_argument("--json", action="store_true", help="print the findings as JSON and nothing else")
         stage.add_argument("--config", metavar="FILE", help="YAML file (default: configs/quickstart.yaml)")
         stage.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
+    comparing = "runs that MLflow has, side by side: settings that differ, metrics, and a page of plots"
+    add_arguments(commands.add_parser("compare", help=comparing, description=comparing))
     generate = commands.add_parser("generate", help="text from a base, adapter or exported model")
     generate.add_argument("--model", required=True, help="Hugging Face folder or name, or a checkpoint folder of a run")
     generate.add_argument("--prompt", required=True, help="the text to continue, or @FILE")
@@ -52,13 +56,15 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    if not arguments or (arguments[0] not in (*STAGES, "generate") and arguments[0] not in ("-h", "--help")):
+    if not arguments or (arguments[0] not in (*STAGES, "compare", "generate") and arguments[0] not in ("-h", "--help")):
         arguments.insert(0, "run")
     options = parser().parse_args(arguments)
     _quiet_libraries()
     try:
         if options.command == "generate":
             _generate(options)
+        elif options.command == "compare":
+            compare(options)
         elif options.command == "audit":
             return _audit(options)
         else:
