@@ -155,7 +155,8 @@ class Tracker:
             self._sent |= run.last_step
             del self._points[:POINTS_AT_ONCE]
         if metrics.status not in (None, "RUNNING") and self._closing.is_set():  # the ledger has been closed by then
-            run.send([goodput_so_far(numbered)] if (numbered := list(read_ledger(self.folder))) else [])
+            numbered = list(read_ledger(self.folder))
+            run.send([goodput_so_far(numbered)] if numbered else [])
         run.describe(metrics.tags(), metrics.status, metrics.ended)
         run.keep_packs(self.config, metrics.packs)
         run.keep_config(self.config)

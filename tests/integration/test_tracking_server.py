@@ -1,20 +1,19 @@
 """MLflow stays whole whatever its server does: a real one, that is started late, killed, stopped, and started again."""
 
+import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-from urllib.error import URLError
-from urllib.request import urlopen
 
 import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
+from tracking_server import TrackingServer, postgresql, postgresql_programs
 from upath import UPath
 
 from pipeline import tracking
@@ -24,69 +23,37 @@ from pipeline.run_log import RunLog
 from pipeline.storage import read_json
 from pipeline.tracking import deliver
 
-STARTED = {"checkpoint": None, "attention": "sdpa", "discarded": []}
+COUNTS = {"sequences": 3, "sequence_length": 100, "tokens": 290, "target_tokens": 285, "documents": 5}
+PACKS = {"training": {"uri": "/packs/0a", "fingerprint": "0a", **COUNTS}}
+STARTED = {"checkpoint": None, "attention": "sdpa", "discarded": [], "packs": PACKS}
+SAMPLE = {"node": 0, "nodes": 1, "values": {"cpu_utilization_percentage": 35.0}}
 WAIT_S = 120.0
 """For something that takes seconds on an idle machine."""
 
 
-class Server:
-    """`mlflow server` with a SQLite file, on loopback; it keeps its port and its data when it is started again."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        self.uri = f"http://127.0.0.1:{self.port}"
-        self._process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        store = f"sqlite:///{self.folder}/mlflow.db"
-        command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", store, "--workers", "1"]
-        command += ["--artifacts-destination", str(self.folder / "artifacts"), "--port", str(self.port)]
-        with (self.folder / "server.log").open("ab") as log:
-            self._process = subprocess.Popen(
-                command,
-                cwd=self.folder,
-                env={**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
-        until(self._answers)
-
-    def send(self, number: signal.Signals) -> None:
-        """A signal to all its processes."""
-        assert self._process is not None
-        os.killpg(self._process.pid, number)
-
-    def kill(self) -> None:
-        if self._process is not None:
-            self.send(signal.SIGKILL)
-            self._process.wait()
-            self._process = None
-
-    def _answers(self) -> bool:
-        try:
-            with urlopen(f"{self.uri}/health", timeout=2) as answer:
-                return answer.status == 200
-        except (URLError, OSError):
-            return False
-
-
-@pytest.fixture(scope="module")
-def down(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+@pytest.fixture(scope="module", params=["sqlite"])
+def down(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TrackingServer]:
     """A server that has not been started yet."""
-    server = Server(tmp_path_factory.mktemp("server"))
-    yield server
-    server.kill()
+    with contextlib.ExitStack() as stack:
+        store = ""
+        if request.param == "postgresql":
+            programs = postgresql_programs()
+            if programs is None:
+                pytest.skip("PostgreSQL's server is not installed (on Debian: apt-get install postgresql)")
+            store = stack.enter_context(postgresql(programs))
+        server = TrackingServer(tmp_path_factory.mktemp("server"), store)
+        stack.callback(server.kill)
+        yield server
 
 
 @pytest.fixture
-def server(down: Server) -> Server:
-    if down._process is None:
+def server(down: TrackingServer) -> TrackingServer:
+    if not down.runs:
         down.start()
     return down
+
+
+on_each_store = pytest.mark.parametrize("down", ["sqlite", "postgresql"], indirect=True)
 
 
 @pytest.fixture
@@ -95,10 +62,10 @@ def new_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., di
     monkeypatch.setattr(tracking, "LONGEST_DELAY_S", 1.0)
     monkeypatch.setattr(tracking, "PATIENCE_S", WAIT_S)
 
-    def make(uri: str, experiment: str = "longlora") -> dict[str, Any]:
+    def make(uri: str, experiment: str = "longlora", name: str = "watched") -> dict[str, Any]:
         config = parse_config(
             {
-                "run": {"name": "watched", "storage": str(tmp_path)},
+                "run": {"name": name, "storage": str(tmp_path)},
                 "model": {"base": "some/model"},
                 "context": {"length": 100},
                 "attention": {"group_size": 20},
@@ -107,7 +74,7 @@ def new_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., di
                 "tracking": {"uri": uri, "experiment": experiment},
             }
         )
-        (tmp_path / "watched").mkdir(exist_ok=True)
+        (tmp_path / name).mkdir(exist_ok=True)
         return config.model_dump(mode="json")
 
     return make
@@ -146,7 +113,7 @@ def train(log: RunLog, step: int) -> None:
 
 
 def begin(values: dict[str, Any], step: int = 0) -> RunLog:
-    log = RunLog(values, str(Path(values["run"]["storage"]) / "watched"), os.getpid())
+    log = RunLog(values, str(Path(values["run"]["storage"]) / values["run"]["name"]), os.getpid())
     log.start_attempt(2, step, STARTED)
     return log
 
@@ -157,7 +124,7 @@ def known_of(log: RunLog) -> dict[str, str]:
     return read_json(record) if record.exists() else {}
 
 
-def tracked(server: Server, log: RunLog) -> Run:
+def tracked(server: TrackingServer, log: RunLog) -> Run:
     """The run on the server; there is one, and it is that of run.json."""
     client, known = MlflowClient(server.uri), known_of(log)
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]
@@ -166,12 +133,12 @@ def tracked(server: Server, log: RunLog) -> Run:
     return run
 
 
-def steps_of(server: Server, log: RunLog, metric: str = "train/loss") -> list[int]:
+def steps_of(server: TrackingServer, log: RunLog, metric: str = "train/loss") -> list[int]:
     run_id = tracked(server, log).info.run_id
     return [point.step for point in MlflowClient(server.uri).get_metric_history(run_id, metric)]
 
 
-def whole(server: Server, log: RunLog, steps: int) -> None:
+def whole(server: TrackingServer, log: RunLog, steps: int) -> None:
     """Every metric of every step is there, once, with its value."""
     run = tracked(server, log)
     client = MlflowClient(server.uri)
@@ -184,7 +151,8 @@ def whole(server: Server, log: RunLog, steps: int) -> None:
     assert run.info.status == "FINISHED"
 
 
-def test_a_server_that_is_started_after_the_run(down: Server, new_run: Callable) -> None:
+@on_each_store
+def test_a_server_that_is_started_after_the_run(down: TrackingServer, new_run: Callable) -> None:
     log = begin(new_run(down.uri))
     for step in range(20):
         train(log, step)
@@ -208,7 +176,9 @@ def test_a_server_that_is_started_after_the_run(down: Server, new_run: Callable)
     assert [file.path for file in artifacts] == ["config.yaml"]
 
 
-def test_a_server_that_hangs_delays_no_step(server: Server, new_run: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_hangs_delays_no_step(
+    server: TrackingServer, new_run: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
     log = begin(new_run(server.uri))
     train(log, 0)
     until(lambda: "mlflow_run_id" in known_of(log))
@@ -231,7 +201,7 @@ def test_a_server_that_hangs_delays_no_step(server: Server, new_run: Callable, m
     whole(server, log, step)
 
 
-def test_a_run_that_died_while_the_server_was_down(server: Server, new_run: Callable, tmp_path: Path) -> None:
+def test_a_run_that_died_while_the_server_was_down(server: TrackingServer, new_run: Callable, tmp_path: Path) -> None:
     """The driver is killed without having reached the server once; the next one delivers what it did."""
     values = new_run("http://127.0.0.1:9")  # where nothing listens
     script = (
@@ -254,7 +224,7 @@ def test_a_run_that_died_while_the_server_was_down(server: Server, new_run: Call
 
 
 def test_a_server_that_is_down_until_after_the_end(
-    server: Server, new_run: Callable, capsys: pytest.CaptureFixture[str]
+    server: TrackingServer, new_run: Callable, capsys: pytest.CaptureFixture[str]
 ) -> None:
     dead = new_run("http://127.0.0.1:9")
     log = begin(dead)
@@ -272,8 +242,42 @@ def test_a_server_that_is_down_until_after_the_end(
     whole(server, log, 5)
 
 
+@on_each_store
+def test_runs_at_the_same_time_and_a_server_that_is_killed_under_them(
+    server: TrackingServer, new_run: Callable
+) -> None:
+    """As the trials of a search are: they make the experiment and log the packs at the same moment."""
+    logs = [begin(new_run(server.uri, f"at once on {server.port}", name)) for name in ("first", "second", "third")]
+    for step in range(100):
+        for log in logs:
+            train(log, step)
+            log.sampled(1, SAMPLE)
+        if step == 50:
+            until(lambda: all(known_of(log).get("mlflow_run_id") and steps_of(server, log) for log in logs))
+            assert [log.status().messages for log in logs] == [[], [], []], "none stood in another's way"
+            server.kill()
+        time.sleep(0.01)
+    for log in logs:
+        until_said(log, 1)
+    server.start()
+    for log in logs:
+        until_said(log, 2)
+        assert log.close("FINISHED") == ""
+    for log in logs:
+        whole(server, log, 100)
+        assert len(set(steps_of(server, log, "system/cpu_utilization_percentage"))) == 100
+        assert len(steps_of(server, log, "system/cpu_utilization_percentage")) == 100
+        assert len(steps_of(server, log, "run/goodput")) == 1
+        inputs = tracked(server, log).inputs
+        assert inputs is not None and [one.dataset.digest for one in inputs.dataset_inputs] == ["0a"]
+    client = MlflowClient(server.uri)
+    experiment = client.get_experiment_by_name(f"at once on {server.port}")
+    assert experiment is not None and len(client.search_runs([experiment.experiment_id])) == 3
+
+
 @pytest.mark.slow
-def test_a_server_that_is_killed_again_and_again(server: Server, new_run: Callable) -> None:
+@on_each_store
+def test_a_server_that_is_killed_again_and_again(server: TrackingServer, new_run: Callable) -> None:
     """Killed while requests are under way; what it had not answered is asked for when it is back."""
     log, step = begin(new_run(server.uri)), 0
     for outage in range(3):
@@ -291,7 +295,7 @@ def test_a_server_that_is_killed_again_and_again(server: Server, new_run: Callab
     whole(server, log, step)
 
 
-def test_an_experiment_that_is_deleted_refuses_the_run(server: Server, new_run: Callable) -> None:
+def test_an_experiment_that_is_deleted_refuses_the_run(server: TrackingServer, new_run: Callable) -> None:
     client = MlflowClient(server.uri)
     client.delete_experiment(client.create_experiment("gone"))
     values = new_run(server.uri, experiment="gone")
@@ -304,7 +308,7 @@ def test_an_experiment_that_is_deleted_refuses_the_run(server: Server, new_run: 
 
 
 @pytest.mark.slow
-def test_a_server_that_comes_back_without_its_data(server: Server, new_run: Callable) -> None:
+def test_a_server_that_comes_back_without_its_data(server: TrackingServer, new_run: Callable) -> None:
     """As one does that keeps its database in a container: it gets the whole run again, at once."""
     log = begin(new_run(server.uri))
     for step in range(10):
@@ -326,7 +330,7 @@ def test_a_server_that_comes_back_without_its_data(server: Server, new_run: Call
 
 
 @pytest.mark.slow
-def test_whole_commands_with_a_server_that_is_down_and_up_again(server: Server, make_run: Callable) -> None:
+def test_whole_commands_with_a_server_that_is_down_and_up_again(server: TrackingServer, make_run: Callable) -> None:
     run = make_run("run", optimization={"steps": 4}, tracking={"uri": server.uri})
     server.kill()
     lines = [line for line in run.finish("train").splitlines() if "MLflow" in line]
@@ -346,7 +350,7 @@ def test_whole_commands_with_a_server_that_is_down_and_up_again(server: Server, 
 
 
 @pytest.mark.slow
-def test_a_command_with_an_experiment_that_is_deleted(server: Server, make_run: Callable) -> None:
+def test_a_command_with_an_experiment_that_is_deleted(server: TrackingServer, make_run: Callable) -> None:
     client = MlflowClient(server.uri)
     client.delete_experiment(client.create_experiment("thrown away"))
     run = make_run("run", tracking={"uri": server.uri, "experiment": "thrown away"})
