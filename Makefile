@@ -6,7 +6,7 @@ PYTHON ?= python3
 SOURCES := longlora pipeline cluster tests examples $(wildcard benchmarks)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test check soak bench schema lock
+.PHONY: help setup quickstart search-demo test check soak bench schema lock
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -15,6 +15,9 @@ setup: $(VENV)/.installed  ## Install the locked dependencies and this project i
 
 quickstart: setup  ## Extend a tiny Llama from 512 to 4096 tokens on real books, on this machine
 	$(BIN)/python pipeline/main.py
+
+search-demo: setup  ## Which group size, which rank? Nine short trainings on the quickstart's packs, then the best
+	$(BIN)/python pipeline/main.py search --config configs/search-demo.yaml
 
 test: setup  ## Run the tests of the default tier (others: pytest -m slow, pytest -m gpu)
 	$(BIN)/python -m pytest

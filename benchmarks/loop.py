@@ -28,6 +28,7 @@ from ray.train.v2.torch.torch_trainer import TorchTrainer
 
 from longlora.segments import plan_segments
 from pipeline.assignment import Assignment
+from pipeline.capacity import check_resources
 from pipeline.config import Config, ConfigError, load_config
 from pipeline.engine import deepspeed_config, partitioned_loading
 from pipeline.feed import Feed
@@ -37,7 +38,7 @@ from pipeline.packs import Packs, check_enough
 from pipeline.prepare import prepare, wanted_packs
 from pipeline.session import ray_session, uses_gpu
 from pipeline.storage import storage_root
-from pipeline.train_driver import check_resources, start_run_log
+from pipeline.train_driver import start_run_log
 from pipeline.train_loop import Worker
 
 BOUND = 1.03

@@ -23,8 +23,11 @@ class FinalError(RuntimeError):
 
 @dataclass(frozen=True)
 class CheckpointRequest:
-    """What the driver asks of workers in training: a checkpoint now, and with `hold` to wait after it to be stopped."""
+    """What the driver asks of workers in training: a checkpoint now, and what comes after it."""
 
     number: int = 0
     """From 1; 0 asks for nothing."""
     hold: bool = False
+    """Wait after it to be stopped."""
+    end: bool = False
+    """End the run after it, before its last step; with or without a number."""

@@ -393,4 +393,5 @@ def _one_line(error: ValidationError) -> str:
 
 
 def _known_parts() -> set[str]:
-    return {part for key in _known_keys() for part in key.split(".")}
+    nested = {name for section in Section.__subclasses__() for name in section.model_fields}
+    return {part for key in _known_keys() for part in key.split(".")} | nested

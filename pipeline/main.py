@@ -26,6 +26,7 @@ STAGES = {
     "train": "train to the last step, from the newest checkpoint",
     "evaluate": "perplexity of base, extended base and trained model, with plots",
     "export": "write the trained model as a Hugging Face folder",
+    "search": "try the settings of search.space, each as a training run; write the best config, a table and plots",
     "audit": "prove that every sequence was trained once, in order, and show where the time went; exit 1 if not",
 }
 
@@ -68,9 +69,10 @@ def main(arguments: list[str] | None = None) -> int:
         elif options.command == "audit":
             return _audit(options)
         else:
-            from pipeline.stages import run_stages
+            from pipeline.stages import run_search, run_stages
 
-            return run_stages(_absolute_paths(load_config(options.config, options.overrides)), options.command)
+            config = _absolute_paths(load_config(options.config, options.overrides))
+            return run_search(config) if options.command == "search" else run_stages(config, options.command)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -93,6 +95,7 @@ def _quiet_libraries() -> None:
         "TRANSFORMERS_VERBOSITY": "error",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "TOKENIZERS_PARALLELISM": "false",
+        "MLFLOW_LOGGING_LEVEL": "WARNING",
     }.items():
         os.environ.setdefault(name, value)
     # DeepSpeed comes in with PEFT and tells of a machine without GPU that it has none.

@@ -5,7 +5,7 @@ Workers come and go; what they trained is told here, once a step, by rank 0.
 
 from collections import deque
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from upath import UPath
@@ -64,6 +64,8 @@ class RunLog:
         self._newest_checkpoint = -1
         self._may_commit = 0
         self._last_save_s = 0.0
+        self._evaluations: list[Event] = []
+        self._ends_early = False
 
     def start_attempt(self, world_size: int, step: int, details: dict[str, Any]) -> int:
         """A worker group has started and goes on from `step`; returns the attempt's number.
@@ -104,7 +106,15 @@ class RunLog:
     def evaluated(self, step: int, loss: float, tokens: int, seconds: float) -> None:
         """The validation loss after `step` steps, a mean over `tokens` target tokens."""
         self.status_now.eval_loss = loss
-        self._write(Event("evaluation", step, details={"loss": loss, "tokens": tokens, "seconds": seconds}))
+        rate = self.status_now.tokens_per_second
+        details = {"loss": loss, "tokens": tokens, "seconds": seconds, "tokens_per_second": rate}
+        line = Event("evaluation", step, details=details)
+        self._evaluations.append(line)
+        self._write(line)
+
+    def evaluations(self, after: int) -> list[Event]:
+        """The validations after more than `after` steps that this driver's workers have made."""
+        return [line for line in self._evaluations if line.step > after]
 
     def checkpointed(self, save: tuple[int, int], request: int, details: dict[str, Any]) -> None:
         """A save, (attempt, step), is committed, an answer to the request of that number.
@@ -140,8 +150,13 @@ class RunLog:
         return self._request.number
 
     def request(self) -> CheckpointRequest:
-        """What the workers are asked for; number 0 if nothing is open."""
-        return self._request if self._request.number > self._answered else CheckpointRequest()
+        """What the workers are asked for; number 0 if no checkpoint is."""
+        open_request = self._request if self._request.number > self._answered else CheckpointRequest()
+        return replace(open_request, end=self._ends_early)
+
+    def end_early(self) -> None:
+        """Has the workers save the step that they are in, now or once they have started, and end the run as KILLED."""
+        self._ends_early = True
 
     def has_checkpointed(self, request: int) -> bool:
         """Whether a request has been answered, or its workers are gone."""
@@ -220,6 +235,8 @@ class RunLog:
 
         A driver that has lost the run ends nothing but itself.
         """
+        if self._ends_early and status == "FINISHED" and self.status_now.step < self.status_now.steps:
+            status = "KILLED"
         try:
             if not self._lost:
                 self._end(status)

@@ -18,6 +18,7 @@ TRAIN_SETTINGS = {
     "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
 }
+HANG_TIMEOUT = "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"
 # Where an object store is. What opens it stays out: Ray shows these variables to everybody who sees its dashboard.
 OBJECT_STORE = ("AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION", "AWS_REGION")
 # glibc gives large blocks back to the system at once and takes them again a moment later, each page cleared anew: a
@@ -40,14 +41,15 @@ def ray_session(config: Config) -> Iterator[None]:
     """
     for name, value in TRAIN_SETTINGS.items():
         os.environ.setdefault(name, value)
-    os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(config.workers.hang_timeout_s)
+    os.environ[HANG_TIMEOUT] = str(config.workers.hang_timeout_s)
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_worker_niceness", "0")  # 15 by default: anything else on the machine would starve a step
     import ray
 
     variables = worker_environment(config.workers.zero_stage)
     places = {name: os.environ[name] for name in OBJECT_STORE if name in os.environ}
-    environment = {"env_vars": {"PYTHONPATH": str(REPOSITORY), **places, **variables}}
+    train_settings = {name: os.environ[name] for name in (*TRAIN_SETTINGS, HANG_TIMEOUT)}  # for the drivers of trials
+    environment = {"env_vars": {"PYTHONPATH": str(REPOSITORY), **train_settings, **places, **variables}}
     quiet: dict[str, Any] = {
         "log_to_driver": False,  # the run's status line says what happens; workers' output is in Ray's log folder
         "logging_level": logging.ERROR,

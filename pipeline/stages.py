@@ -27,6 +27,26 @@ def run_stages(config: Config, command: str) -> int:
     return 0
 
 
+def run_search(config: Config) -> int:
+    """Searches over the space of the config; 0. ConfigError, one line, for what the user can mend."""
+    from pipeline.search_check import check_search
+
+    folder = run_folder(config)
+    check_search(config, folder)
+    check_unchanged(config, folder)
+    refuse_if_held(folder)
+    check_model(config)
+    from pipeline.prepare import prepare, wanted_packs
+
+    wanted = wanted_packs(config)
+    with ray_session(config):
+        packs = prepare(config, wanted)
+        from pipeline.search import search
+
+        search(config, folder, packs)
+    return 0
+
+
 def check_model(config: Config) -> None:
     """ConfigError if the model cannot be built or does not fit its tokenizer; shapes only, no weights are read."""
     from longlora.adapters import trainable_report
@@ -57,9 +77,9 @@ def _prepare_and_train(config: Config, folder: UPath, train: bool) -> None:
         if not train:
             prepare(config, wanted)
             return
-        from pipeline import train_driver
+        from pipeline import capacity, train_driver
 
-        train_driver.check_resources(config)
+        capacity.check_resources(config)
         train_driver.train(config, folder, prepare(config, wanted))
 
 

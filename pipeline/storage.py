@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import tempfile
 import time
 import uuid
 from collections.abc import Iterator, Sequence
@@ -205,6 +206,17 @@ def read_bytes(path: UPath) -> bytes:
 
 def read_json(path: UPath) -> Any:
     return json.loads(read_bytes(path))
+
+
+@contextmanager
+def local_copy(folder: UPath) -> Iterator[str]:
+    """A folder as a local path: itself, or a copy that is gone afterwards."""
+    if is_local(folder):
+        yield str(folder)
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        folder.fs.get(folder.path, scratch, recursive=True)
+        yield os.path.join(scratch, folder.name)
 
 
 def remove_tree(folder: UPath) -> None:

@@ -4,6 +4,7 @@ import os
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -19,6 +20,7 @@ from upath import UPath
 
 from pipeline import checkpoints
 from pipeline.assignment import Assignment
+from pipeline.capacity import worker_resources
 from pipeline.config import Config, ConfigError, local_path
 from pipeline.disturbances import EndOnFinalError, NoticeOnSigterm, TellDisturbances, last_line
 from pipeline.elastic import ElasticTrainer
@@ -33,8 +35,13 @@ from pipeline.tracking_uri import how_to_look
 from pipeline.train_worker import train_worker
 
 
-def train(config: Config, run_folder: UPath, packs: PreparedPacks) -> None:
-    """Trains from the newest checkpoint to the last step; ConfigError if the run cannot go on, with the reason."""
+def train(
+    config: Config, run_folder: UPath, packs: PreparedPacks, started: Callable[[Any], None] = lambda run_log: None
+) -> None:
+    """Trains from the newest checkpoint to the last step; ConfigError if the run cannot go on, with the reason.
+
+    started: is given the run's log, once there is one.
+    """
     train_packs = Packs.open(packs.train)
     check_enough(train_packs, config.optimization.global_batch)
     base = checkpoints.base_fingerprint(local_path(config.model.base)) if config.model.base else "random"
@@ -48,6 +55,7 @@ def train(config: Config, run_folder: UPath, packs: PreparedPacks) -> None:
     run_log = start_run_log(config, run_folder)
     keep_config(config, run_folder)
     print(how_to_look(tracking_uri(config)), flush=True)
+    started(run_log)
     assignment = Assignment(
         config=config.model_dump(mode="json"),
         run_folder=str(run_folder),
@@ -101,7 +109,7 @@ def _trainer(config: Config, run_folder: UPath, assignment: Assignment) -> Elast
         scaling_config=ScalingConfig(
             num_workers=(workers.min, workers.max) if workers.elastic else workers.min,
             use_gpu=gpu,
-            resources_per_worker={"CPU": workers.cpus, **({"GPU": 1} if gpu else {}), **workers.resources},
+            resources_per_worker=dict(worker_resources(config)),
             elastic_resize_monitor_interval_s=workers.resize_interval_s,
         ),
         run_config=RunConfig(
@@ -129,22 +137,6 @@ def start_run_log(config: Config, run_folder: UPath) -> Any:
         reason = last_line(error).partition("ConfigError: ")[2]
         raise ConfigError(reason) if reason else error from None
     return run_log
-
-
-def check_resources(config: Config) -> None:
-    """ConfigError if a worker asks for what no node of this Ray has, and no autoscaler can bring."""
-    wanted = {"CPU": config.workers.cpus, **config.workers.resources, **({"GPU": 1} if uses_gpu(config) else {})}
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    bound = ray._private.state.state.get_max_resources_from_cluster_config()  # None without an autoscaler
-    for name, amount in wanted.items():
-        largest = max((node.get(name, 0) for node in nodes), default=0)
-        if largest < amount and (bound is None or bound.get(name, 0) < amount):
-            reach = f"the largest node has {largest:g}" + (
-                f", the autoscaler's limit is {bound.get(name, 0):g}" if bound else ""
-            )
-            raise ConfigError(
-                f"workers: each needs {amount:g} {name}, and {reach}; lower the request or add such a node"
-            )
 
 
 def _plain(error: TrainingFailedError) -> RuntimeError:

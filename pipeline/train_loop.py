@@ -49,8 +49,11 @@ def train_from(step: int, run: "Worker") -> None:
         run.tell("step", run.attempt, record)
         if run.is_due(config.evaluation.every_steps, step):
             run.evaluate(step)
-        if run.is_due(config.checkpoint.every_steps, step) or run.asked.number:
+        end = run.asked.end
+        if run.is_due(config.checkpoint.every_steps, step) or run.asked.number or end:
             run.save(step)
+        if end:
+            break
     run.close()
 
 

@@ -37,6 +37,8 @@ WEIGHTS = {
     "llama2-70b-32k-8xa100": (8 * (2 * 16384 + 2 * 9216) * 80 + 32000 * 8192 + 161 * 8192, 68_976_648_192),
     "quickstart": (8 * (2 * 512 + 2 * 384) * 4 + 2048 * 256 + 9 * 256, TINY),
     "tiny-llama-pretrain": (TINY, TINY),
+    "search-llama2-7b-32k": (8 * 4 * 8192 * 32 + 32000 * 4096 + 65 * 4096, 6_738_415_616),
+    "search-demo": (8 * (2 * 512 + 2 * 384) * 4 + 2048 * 256 + 9 * 256, TINY),
 }
 
 
@@ -70,7 +72,7 @@ def test_every_key_says_why(recipe: Path) -> None:
     silent = [
         line
         for line in recipe.read_text(encoding="utf-8").splitlines()
-        if re.match(r" +\w+:", line) and not re.search(r"  # \S", line)
+        if re.match(r" +[\w.]+:", line) and not re.search(r"  # \S", line)
     ]
     assert not silent
 

@@ -1,0 +1,51 @@
+"""Whether the cluster can hold the workers that a config asks for, and how many."""
+
+from collections.abc import Mapping
+
+import ray
+
+from pipeline.config import Config, ConfigError
+from pipeline.session import uses_gpu
+
+Resources = Mapping[str, float]
+
+
+def check_resources(config: Config) -> None:
+    """ConfigError if a worker asks for what no node of this Ray has, and no autoscaler can bring."""
+    bound = _autoscaler_bound() or {}
+    for name, amount in worker_resources(config).items():
+        largest = max((node.get(name, 0) for node in _nodes()), default=0)
+        if largest < amount and bound.get(name, 0) < amount:
+            reach = f"the largest node has {largest:g}" + (
+                f", the autoscaler's limit is {bound.get(name, 0):g}" if bound else ""
+            )
+            raise ConfigError(
+                f"workers: each needs {amount:g} {name}, and {reach}; lower the request or add such a node"
+            )
+
+
+def room_for_workers(config: Config) -> int:
+    """Workers that the cluster holds when it is empty, at the size that its autoscaler may bring it to."""
+    wanted = {name: amount for name, amount in worker_resources(config).items() if amount}
+    now = sum(_fits(node, wanted) for node in _nodes())
+    bound = _autoscaler_bound()
+    return max(now, _fits(bound, wanted) if bound else 0)
+
+
+def worker_resources(config: Config) -> Resources:
+    """What Ray sets aside for each worker."""
+    gpu = {"GPU": 1} if uses_gpu(config) else {}
+    return {"CPU": config.workers.cpus, **gpu, **config.workers.resources}
+
+
+def _fits(available: Resources, wanted: Resources) -> int:
+    return min(int(available.get(name, 0) / amount) for name, amount in wanted.items())
+
+
+def _nodes() -> list[Resources]:
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def _autoscaler_bound() -> Resources | None:
+    """What an autoscaler may bring in all; None without one."""
+    return ray._private.state.state.get_max_resources_from_cluster_config()

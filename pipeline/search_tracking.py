@@ -1,0 +1,97 @@
+"""The search's own MLflow run, and the trials' runs as its children. Never in the way of a trial.
+
+Everything is derived from the records and sent again until the server has it; a server that is down delays it, and what
+is missing at the end is delivered by the next start of the same search.
+"""
+
+import threading
+import time
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+from upath import UPath
+
+from pipeline.config import Config
+from pipeline.search_report import FOLDER, best_trial
+from pipeline.search_trials import TrialRecord
+from pipeline.storage import local_copy, read_json, run_folder
+from pipeline.tracking import PATIENCE_S, tracking_uri
+
+if TYPE_CHECKING:  # brings in MLflow, which takes seconds to import
+    from pipeline.mlflow_run import MlflowRun
+
+INTERVAL_S = 5.0
+KINDS = ("running", "finished", "stopped", "failed")
+
+
+class SearchTracker:
+    """Keeps the parent run and the links to its children up to the records."""
+
+    def __init__(self, config: Config, folder: UPath, records: dict[int, TrialRecord]) -> None:
+        """records: the source's own, which it changes."""
+        self.config, self.folder, self.records = config, folder, records
+        self.uri = tracking_uri(config)
+        self._told: dict[str, dict[str, str]] = {}  # tags that a child has, by its id
+        self._closing = threading.Event()
+        self._problem = ""
+        self._thread = threading.Thread(target=self._keep_up, name="mlflow", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def close(self, ends_because: str) -> None:
+        """Delivers the result too, for `PATIENCE_S` at most; one line if the server has not got all."""
+        self._closing.set()
+        self._thread.join(PATIENCE_S)
+        if not self._thread.is_alive():
+            self._try_to_deliver(status="KILLED" if ends_because else "FINISHED", result=True)
+        if self._thread.is_alive() or self._problem:
+            problem = self._problem or f"no answer in {PATIENCE_S:.0f} s"
+            print(f"MLflow at {self.uri} has not got all of this search ({problem}): its next start delivers it")
+
+    def _keep_up(self) -> None:
+        while not self._closing.wait(INTERVAL_S):
+            self._try_to_deliver(status="RUNNING", result=False)
+
+    def _try_to_deliver(self, status: str, result: bool) -> None:
+        try:
+            self._deliver(status, result)
+            self._problem = ""
+        except Exception as error:  # whatever MLflow, the network or a database raises: the search goes on
+            self._problem = " ".join(str(error).split())[:200] or type(error).__name__
+
+    def _deliver(self, status: str, result: bool) -> None:
+        from pipeline.mlflow_run import open_run
+
+        parent = open_run(self.config, self.uri, self.folder)
+        records = dict(self.records)
+        for record in records.values():
+            self._link(parent, record)
+        count = {kind: sum(record.status == kind for record in records.values()) for kind in KINDS}
+        tags = {"longlora.search": self.config.run.name, "longlora.trials": str(len(records))}
+        tags |= {f"longlora.trials_{kind}": str(number) for kind, number in count.items()}
+        parent.describe(tags, status, time.time())
+        best = best_trial(list(records.values()))
+        if result and best is not None and best.result is not None:
+            parent.client.log_metric(parent.run_id, "search/best_eval_loss", best.result.loss, step=len(records))
+        if result:
+            with local_copy(self.folder / FOLDER) as path:
+                parent.client.log_artifacts(parent.run_id, path, artifact_path=FOLDER)
+
+    def _link(self, parent: "MlflowRun", record: TrialRecord) -> None:
+        """Makes a trial's run a child, and says how the trial stands; its own driver makes that run, maybe later."""
+        known: dict[str, Any] = {}
+        with suppress(FileNotFoundError):
+            known = read_json(run_folder(self.config).parent / record.run / "run.json")
+        child = known.get("mlflow_run_id")
+        if child is None:
+            return
+        tags = {"mlflow.parentRunId": parent.run_id, "longlora.status": record.status, "longlora.reason": record.reason}
+        told = self._told.setdefault(child, {})
+        for key, value in tags.items():
+            if told.get(key) != value:
+                parent.client.set_tag(child, key, value)
+                told[key] = value
+
+
+KINDS = ("running", "finished", "stopped", "failed")
