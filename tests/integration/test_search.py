@@ -1,0 +1,137 @@
+"""Searches through the command line: trials beside each other, one that cannot be, a killed driver, a lost node."""
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+from mlflow.entities import Run as TrackedRun
+from spot_cluster import SLOT, DisturbedRun, SpotCluster, raylet_pid, workers_of
+from upath import UPath
+
+from pipeline import checkpoints
+from pipeline.audit import audit_run
+from pipeline.config import load_config
+from pipeline.run_config import run_config
+from pipeline.search_trials import TrialRecord, TrialStore
+
+SPACE = {"attention.group_size": {"choice": [32, 64]}, "workers.min": {"choice": [1, 50]}}
+WAIT_S = 300
+
+
+def settings(tmp_path: Path, **search: Any) -> dict[str, dict[str, Any]]:
+    """Trials of one worker, long enough to be disturbed, with a validation every 20 steps."""
+    return {
+        "data": {"validation": [str(tmp_path / "book.txt")]},
+        "optimization": {"steps": 200, "global_batch": 2, "micro_batch": 1},
+        "workers": {"min": 1, "max": 1},
+        "checkpoint": {"every_steps": 20},
+        "evaluation": {"every_steps": 20, "rows": 2},
+        "search": {"space": SPACE, "sampler": "grid", "asha": None, **search},
+    }
+
+
+def wait_for(what: str, condition: Callable[[], bool]) -> None:
+    until = time.monotonic() + WAIT_S
+    while not condition():
+        assert time.monotonic() < until, f"{what}: not in {WAIT_S} s"
+        time.sleep(0.1)
+
+
+def trials(folder: UPath) -> dict[int, TrialRecord]:
+    return TrialStore(folder).read()
+
+
+def tracked(folder: UPath) -> dict[str, TrackedRun]:
+    """All runs of the MLflow database beside the search, by name; every name once."""
+    client = MlflowClient(f"sqlite:///{folder.parent}/mlflow.db")
+    runs = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
+    assert len({run.info.run_name for run in runs}) == len(runs), "a trial has two runs"
+    return {run.info.run_name: run for run in runs}
+
+
+@pytest.mark.timeout(900)
+def test_a_search_goes_on_after_its_driver_was_killed(make_run: Callable, tmp_path: Path) -> None:
+    """Four trials, two at once. Two ask for more workers than there can be: a clear line, and the others go on."""
+    run = make_run("tried", **settings(tmp_path))
+    driver = run.start("search")
+    wait_for("two validations", lambda: sum(len(trial.reports) for trial in trials(run.folder).values()) >= 2)
+    os.kill(driver.pid, signal.SIGKILL)
+    driver.communicate()
+    before = trials(run.folder)
+    output = run.finish("search")
+
+    after = trials(run.folder)
+    assert sorted(trial.settings["attention.group_size"] for trial in after.values()) == [32, 32, 64, 64]
+    for trial in after.values():
+        if trial.settings["workers.min"] == 50:
+            assert trial.status == "failed"
+            assert trial.reason.startswith("workers.min is 50: the cluster has room for 2 such workers")
+        else:
+            assert (trial.status, trial.tokens) == ("finished", 200 * 2 * 128)
+            assert [report.step for report in trial.reports] == list(range(20, 201, 20))
+            folder = run.folder.parent / trial.run
+            assert audit_run(run_config(folder), folder).whole
+    started = [trial for trial in before.values() if trial.reports]
+    assert started and all(f"trial {trial.number} goes on" in output for trial in started)
+    assert all(after[trial.number].reports[: len(trial.reports)] == trial.reports for trial in started)
+    _check_result(run.folder, after)
+
+    again = run.finish("search")
+    assert "starts" not in again and trials(run.folder) == after, "nothing is done twice"
+
+
+def _check_result(folder: UPath, records: dict[int, TrialRecord]) -> None:
+    finished = [trial for trial in records.values() if trial.status == "finished"]
+    best = min(finished, key=lambda trial: trial.loss)
+    config = load_config(str(folder / "result" / "best.yaml"))
+    assert config.run.name == best.run and config.attention.group_size == best.settings["attention.group_size"]
+    runs = tracked(folder)
+    assert runs.keys() == {folder.name, *(trial.run for trial in finished)}
+    parent = runs[folder.name]
+    assert parent.data.metrics["search/best_eval_loss"] == best.loss
+    for trial in finished:
+        tags = runs[trial.run].data.tags
+        assert tags["mlflow.parentRunId"] == parent.info.run_id
+        assert (tags["longlora.status"], tags["longlora.trial"]) == ("finished", str(trial.number))
+        assert runs[trial.run].info.status == "FINISHED"
+    artifacts = MlflowClient(f"sqlite:///{folder.parent}/mlflow.db").list_artifacts(parent.info.run_id, "result")
+    names = {Path(file.path).name for file in artifacts}
+    assert names == {"best.yaml", "effects.png", "pareto.png", "report.html", "trials.csv"}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_a_trial_whose_node_is_killed_comes_to_the_same_result(make_run: Callable, tmp_path: Path) -> None:
+    values = settings(tmp_path)
+    values["search"]["space"] = {"attention.group_size": {"choice": [32, 64]}}
+    values["workers"] |= {"resources": SLOT}
+    with SpotCluster() as cluster:
+        cluster.add(), cluster.add(), cluster.add()
+        made = make_run("tried", **values)
+        made.environment["RAY_ADDRESS"] = cluster.address
+        driver = made.start("search")
+        runs = [DisturbedRun(made.config, made.folder.parent / f"tried.{number:04d}") for number in (1, 2)]
+        wait_for("training", lambda: all(run.trains(1, 30) for run in runs))
+        cluster.remove(next(node for node in cluster.nodes if workers_of(raylet_pid(node))))
+        output, _ = driver.communicate(timeout=600)
+        assert driver.returncode == 0, output
+    audits = [audit_run(run_config(run.folder), run.folder) for run in runs]
+    assert all(audit.whole for audit in audits)
+    assert sorted(audit.attempts for audit in audits) == [1, 2]
+    [disturbed] = [run for run, audit in zip(runs, audits, strict=True) if audit.attempts == 2]
+    group_size = run_config(disturbed.folder).attention.group_size
+    values["workers"]["resources"] = {}
+    alone = make_run("alone", **{**values, "search": {}, "attention": {"group_size": group_size}})
+    alone.finish("train")
+    assert _weights(disturbed.folder) == _weights(alone.folder), "the same to the last bit"
+
+
+def _weights(folder: UPath) -> Any:
+    manifest = json.loads((checkpoints.step_folder(folder, 200) / "manifest.json").read_text())
+    return manifest["files"]["adapter_model.safetensors"]
