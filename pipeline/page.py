@@ -3,6 +3,11 @@
 from collections.abc import Sequence
 from html import escape
 
+# Nothing may be loaded or run: that holds even if a text got past the escaping.
+HEAD = """<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
+<link rel="icon" href="data:,">
+"""
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; display: block; overflow-x: auto }
@@ -17,7 +22,7 @@ pre { background: #f6f6f6; padding: 1rem; overflow-x: auto }
 def page(title: str, parts: Sequence[str]) -> str:
     """A page of HTML parts. Only `title` is escaped here."""
     return (
-        f'<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n<title>{escape(title)}</title>\n'
+        f'<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n<title>{escape(title)}</title>\n{HEAD}'
         f"<style>{STYLE}</style>\n<h1>{escape(title)}</h1>\n" + "\n".join(parts) + "\n</html>\n"
     )
 
