@@ -108,6 +108,7 @@ class _LocalFile:
         self._file.flush()
 
     def sync(self) -> None:
+        self._file.flush()  # what a full disk has refused before is tried again, or refuses the commit
         os.fsync(self._file.fileno())
 
     def close(self) -> None:

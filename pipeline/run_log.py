@@ -10,10 +10,11 @@ from typing import Any
 
 from upath import UPath
 
-from pipeline.assignment import CheckpointRequest
+from pipeline.assignment import CheckpointRequest, FinalError
 from pipeline.config import ConfigError, parse_config
 from pipeline.lease import Holder, Lease
 from pipeline.ledger import Event, LedgerWriter, StepRecord
+from pipeline.storage import storage_error
 from pipeline.tracking import Tracker, tracking_uri
 
 TRAINING = "training"
@@ -215,11 +216,17 @@ class RunLog:
     def sync(self, attempt: int) -> None:
         """Returns when the ledger is on disk, and that attempt may commit.
 
-        RuntimeError if another driver has the run, or newer workers: nothing more is committed.
+        RuntimeError if another driver has the run, or newer workers: nothing more is committed. FinalError for an error
+        of the storage, whose cause would be lost on the way to the worker.
         """
-        self.lease.check()
-        self._check_current(attempt)
-        self.ledger.sync()
+        try:
+            self.lease.check()
+            self._check_current(attempt)
+            self.ledger.sync()
+        except Exception as error:
+            if storage_error(error):
+                raise FinalError(storage_error(error)) from None
+            raise
 
     def fail(self, error: str) -> None:
         """Records the reason for which the run must end; the first that is named counts."""

@@ -31,6 +31,7 @@ def train_worker(settings: dict[str, Assignment]) -> None:
 
 def final_reason(error: Exception) -> str:
     """One line for an error that a restart would meet again; empty for one that it may not."""
+    error = getattr(error, "cause", None) or error  # an actor's, which Ray shows with its traceback
     text = " ".join(str(error).split())
     if isinstance(error, torch.OutOfMemoryError):
         return (

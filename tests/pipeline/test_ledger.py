@@ -1,3 +1,4 @@
+import resource
 from dataclasses import replace
 
 import pytest
@@ -30,6 +31,22 @@ def test_lines_read_back_in_order_with_their_attempt(tmp_path: object) -> None:
     assert [attempt for attempt, _ in lines] == [1, 1, 2]
     assert lines[1][1] == RECORD
     assert lines[2][1] == replace(RECORD, loss=2.25)
+
+
+def test_a_line_that_the_disk_refused_refuses_the_commit_until_it_is_written(tmp_path: object) -> None:
+    writer = LedgerWriter(UPath(tmp_path))
+    writer.start_attempt()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20, hard))  # as a full disk: the kernel takes 20 bytes
+    try:
+        with pytest.raises(OSError, match="too large"):
+            writer.write(RECORD)
+        with pytest.raises(OSError, match="too large"):
+            writer.sync()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    writer.sync()
+    assert [line for _, line in read_ledger(UPath(tmp_path))] == [RECORD]
 
 
 def test_a_new_writer_goes_on_with_the_next_attempt(tmp_path: object) -> None:

@@ -1,19 +1,25 @@
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
+from botocore.exceptions import ClientError
 from mlflow import MlflowClient
+from ray.exceptions import RayTaskError
 from upath import UPath
 
+from pipeline.assignment import FinalError
 from pipeline.config import REPOSITORY, ConfigError, parse_config
 from pipeline.ledger import Event, StepRecord, read_ledger
 from pipeline.run_log import RunLog
 from pipeline.storage import read_json
+from pipeline.train_worker import final_reason
 
 STARTED = {"checkpoint": None, "attention": "sdpa"}
 SAVED = {"seconds": 0.5, "write_seconds": 1.0}
@@ -239,3 +245,20 @@ def test_workers_that_were_replaced_commit_nothing(values: dict[str, Any], tmp_p
     with pytest.raises(RuntimeError, match="attempt 1"):
         log.checkpointed((1, 6), 0, SAVED)
     log.close("FINISHED")
+
+
+def test_a_storage_error_reaches_the_worker_as_one_line(values: dict[str, Any], tmp_path: Path) -> None:
+    """An actor's error arrives without its cause and in Ray's wrapping, which hides what the storage answered."""
+    log = RunLog(values, str(tmp_path / "logged"), os.getpid())
+    attempt = log.start_attempt(2, 0, STARTED)
+    refused = PermissionError("Access Denied")
+    answer = {"Error": {"Code": "AccessDenied", "Message": "not you"}, "ResponseMetadata": {"HTTPStatusCode": 403}}
+    refused.__cause__ = ClientError(answer, "PutObject")  # type: ignore[arg-type]
+    log.ledger.sync = Mock(side_effect=refused)  # type: ignore[method-assign]
+    with pytest.raises(FinalError) as told:
+        log.sync(attempt)
+    wrapped = RayTaskError("RunLog.sync", "a traceback\nof many lines", pickle.loads(pickle.dumps(told.value)))
+    reason = final_reason(wrapped.as_instanceof_cause())
+    assert reason.startswith("run.storage cannot be used: not you (AccessDenied)") and "\n" not in reason
+    log.ledger.sync = Mock()  # type: ignore[method-assign]
+    log.close("FAILED")
