@@ -12,15 +12,17 @@ from typing import TYPE_CHECKING, Any
 from upath import UPath
 
 from pipeline.config import Config
-from pipeline.search_report import FOLDER, best_trial
-from pipeline.search_trials import TrialRecord
-from pipeline.storage import local_copy, read_json, run_folder
+from pipeline.search_report import FOLDER
+from pipeline.search_trials import TrialRecord, best_trial
+from pipeline.storage import local_copy, read_json
 from pipeline.tracking import PATIENCE_S, tracking_uri
 
 if TYPE_CHECKING:  # brings in MLflow, which takes seconds to import
     from pipeline.mlflow_run import MlflowRun
 
 INTERVAL_S = 5.0
+BEST = "search/best_eval_loss"
+"""By the number of trials that had been begun."""
 KINDS = ("running", "finished", "stopped", "failed")
 
 
@@ -31,6 +33,7 @@ class SearchTracker:
         """records: the source's own, which it changes."""
         self.config, self.folder, self.records = config, folder, records
         self.uri = tracking_uri(config)
+        self._parent: MlflowRun | None = None
         self._told: dict[str, dict[str, str]] = {}  # tags that a child has, by its id
         self._closing = threading.Event()
         self._problem = ""
@@ -59,11 +62,12 @@ class SearchTracker:
             self._problem = ""
         except Exception as error:  # whatever MLflow, the network or a database raises: the search goes on
             self._problem = " ".join(str(error).split())[:200] or type(error).__name__
+            self._parent = None  # asked for again: the server may have lost what it had
 
     def _deliver(self, status: str, result: bool) -> None:
         from pipeline.mlflow_run import open_run
 
-        parent = open_run(self.config, self.uri, self.folder)
+        parent = self._parent = self._parent or open_run(self.config, self.uri, self.folder)
         records = dict(self.records)
         for record in records.values():
             self._link(parent, record)
@@ -71,10 +75,12 @@ class SearchTracker:
         tags = {"longlora.search": self.config.run.name, "longlora.trials": str(len(records))}
         tags |= {f"longlora.trials_{kind}": str(number) for kind, number in count.items()}
         parent.describe(tags, status, time.time())
+        if not result:
+            return
         best = best_trial(list(records.values()))
-        if result and best is not None and best.result is not None:
-            parent.client.log_metric(parent.run_id, "search/best_eval_loss", best.result.loss, step=len(records))
-        if result:
+        if best is not None and parent.last_step.get(BEST, -1) < len(records):
+            parent.client.log_metric(parent.run_id, BEST, best.loss, step=len(records))
+        if (self.folder / FOLDER).exists():
             with local_copy(self.folder / FOLDER) as path:
                 parent.client.log_artifacts(parent.run_id, path, artifact_path=FOLDER)
 
@@ -82,7 +88,7 @@ class SearchTracker:
         """Makes a trial's run a child, and says how the trial stands; its own driver makes that run, maybe later."""
         known: dict[str, Any] = {}
         with suppress(FileNotFoundError):
-            known = read_json(run_folder(self.config).parent / record.run / "run.json")
+            known = read_json(self.folder.parent / record.run / "run.json")
         child = known.get("mlflow_run_id")
         if child is None:
             return
@@ -92,6 +98,3 @@ class SearchTracker:
             if told.get(key) != value:
                 parent.client.set_tag(child, key, value)
                 told[key] = value
-
-
-KINDS = ("running", "finished", "stopped", "failed")
