@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks import attention, checkpoint, loop
+from benchmarks import attention, checkpoint, logging_cost, loop
 
 
 @pytest.mark.parametrize(
@@ -28,6 +28,12 @@ def test_one_slow_round_decides_nothing() -> None:
 def test_of_the_loop(bare: float, verdict: str) -> None:
     rounds = [{"ours": 1.0, "bare": bare}] * 2 + [{"ours": 5.0, "bare": 1.0}]
     assert loop.judge(rounds) == (pytest.approx(1 / bare), verdict)
+
+
+@pytest.mark.parametrize(("waited", "verdict"), [(0.02, "PASS"), (0.021, "FAIL")])
+def test_of_logging(waited: float, verdict: str) -> None:
+    rows = [{"seconds": 1.0, "waited": 0.0}, {"seconds": 1.0, "waited": waited}]
+    assert logging_cost.judge(rows) == (pytest.approx(waited / 2), verdict)
 
 
 @pytest.mark.parametrize(
