@@ -26,7 +26,7 @@ table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nu
 th, td { padding: .4rem .75rem; text-align: right; border-bottom: 1px solid var(--line); vertical-align: top; }
 tbody tr:last-child > * { border-bottom: 0; }
 tbody tr:hover > * { background: var(--tint); }
-thead th, thead td { background: var(--tint); font-weight: 600; vertical-align: bottom; }
+thead th, thead td { min-width: 6.5rem; background: var(--tint); font-weight: 600; vertical-align: bottom; }
 thead .group { text-align: left; color: var(--soft); font-weight: 400; font-size: .85rem; padding-bottom: 0;
                border-bottom: 0; }
 th:first-child, td.status { text-align: left; }
@@ -207,7 +207,7 @@ def _plots(runs: Sequence[ComparedRun], drawn: Sequence[Plot]) -> str:
     names = labels(runs)
     shown = sorted({run for plot in drawn for run in plot.lines})
     entries = "".join(
-        f'<label data-run="{run}"><input type="checkbox" checked>{_swatch(run)}{escape(names[run])}</label>'
+        f'<label data-run="{run}"><input type="checkbox" checked>{_swatch(run)}{escape(shortened(names[run]))}</label>'
         for run in shown
     )
     figures = "\n".join(_figure(plot, number, names, shown) for number, plot in enumerate(drawn))

@@ -69,13 +69,13 @@ def dashes(run: int) -> tuple[int, ...]:
 def plots(runs: Sequence[ComparedRun], chosen: Sequence[str] = ()) -> list[Plot]:
     """The plots that the runs' metrics allow, in the order of the page; one more for each metric that was chosen."""
     found = [
-        *_over_progress(runs, "Training loss", "loss (nats a token)", TRAINING_LOSS.source),
-        _over_time(runs, "Training loss", "loss (nats a token)", TRAINING_LOSS),
-        *_over_progress(runs, "Evaluation loss", "loss (nats a token)", EVALUATION_LOSS.source),
+        *_over_progress(runs, "Training loss", "loss", TRAINING_LOSS.source),
+        _over_time(runs, "Training loss", "loss", TRAINING_LOSS),
+        *_over_progress(runs, "Evaluation loss", "loss", EVALUATION_LOSS.source),
         _perplexity(runs),
         *_over_progress(runs, "Throughput", "tokens/s", THROUGHPUT.source),
-        _over_time(runs, "GPU memory, fullest device", "GB", GPU_MEMORY),
-        _over_time(runs, "Host memory, fullest node", "GB", HOST_MEMORY),
+        _over_time(runs, "GPU memory of the fullest device", "GB", GPU_MEMORY),
+        _over_time(runs, "Memory of the fullest node", "GB", HOST_MEMORY),
         _over_time(runs, "Goodput", "share of the time", GOODPUT),
     ]
     for metric in chosen:
@@ -170,7 +170,7 @@ def _value_axis(axes: Axes, plot: Plot) -> None:
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
-    elif max(values) >= 10_000:
+    elif max(values) >= 1000:
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     if plot.y_label in ("GB", "tokens/s") and axes.get_yscale() == "linear" and max(values) > 0:
         axes.set_ylim(0, 1.05 * max(values))
@@ -184,7 +184,7 @@ def _bars(axes: Axes, plot: Plot, labels: Sequence[str]) -> None:
         axes.annotate(written, (value, place), (4, 0), textcoords="offset points", va="center", fontsize=9)
     names = [name if len(name := labels[run]) <= 24 else name[:23] + "…" for run in plot.lines]
     axes.set_yticks(range(len(names)), names)
-    axes.invert_yaxis()
+    axes.set_ylim(max(len(names), 4) - 0.5, -0.5)  # the first on top; a few bars are not thicker than many
     axes.margins(x=0.15)
     axes.set_xlabel(plot.y_label)
     axes.tick_params(axis="y", length=0)

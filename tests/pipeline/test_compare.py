@@ -305,7 +305,7 @@ def test_the_page_is_whole_and_harmless(uri: str, tmp_path: Path, capsys: pytest
         "Evaluation loss against tokens",
         "Perplexity by context length",
         "Throughput against tokens",
-        "GPU memory, fullest device against time",
+        "GPU memory of the fullest device against time",
         "Goodput",
     ):
         assert title in page.texts
