@@ -21,7 +21,8 @@ h1 { font-size: 1.6rem; margin: 0; }
 h2 { font-size: 1.15rem; margin: 2.5rem 0 .75rem; }
 p { margin: .3rem 0; }
 .soft, figcaption small { color: var(--soft); }
-.scroll { overflow-x: auto; border: 1px solid var(--line); border-radius: 8px; margin-top: 1.25rem; }
+.scroll { position: relative; overflow-x: auto; margin-top: 1.25rem; border: 1px solid var(--line);
+          border-radius: 8px; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { padding: .4rem .75rem; text-align: right; border-bottom: 1px solid var(--line); vertical-align: top; }
 tbody tr:last-child > * { border-bottom: 0; }
@@ -30,7 +31,8 @@ thead th, thead td { min-width: 6.5rem; background: var(--tint); font-weight: 60
 thead .group { text-align: left; color: var(--soft); font-weight: 400; font-size: .85rem; padding-bottom: 0;
                border-bottom: 0; }
 th:first-child, td.status { text-align: left; }
-tbody th { font-weight: 500; position: sticky; left: 0; background: #fff; min-width: 11rem; }
+th:first-child { position: sticky; left: 0; min-width: 11rem; }
+tbody th { font-weight: 500; background: #fff; }
 .first { border-left: 1px solid var(--line); }
 td div { max-width: 22rem; max-height: 6em; overflow: auto; overflow-wrap: anywhere; margin-left: auto; }
 .best { font-weight: 700; color: var(--best); }
@@ -142,7 +144,7 @@ def _table(
     heads = ["run", *settings, *(column.title for column in metrics), "status"]
     first = {1, 1 + len(settings), len(heads) - 1}
     names = "".join(
-        f'<th scope="col"{_first(n in first)}><button type="button">{escape(head)}</button></th>'
+        f'<th scope="col"{_first(n in first)}><button type="button">{escape(head).replace(".", ".<wbr>")}</button></th>'
         for n, head in enumerate(heads)
     )
     rows = "\n".join(_row(runs, number, settings, metrics, number in drawn) for number in range(len(runs)))

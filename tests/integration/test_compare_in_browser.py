@@ -79,6 +79,9 @@ def test_the_page_shows_texts_and_plots(browser: Chrome, page: str) -> None:
         shapes = figure.find_elements(By.CSS_SELECTOR, '[id*="-run-"] path')
         assert shapes and all(len(shape.get_attribute("d") or "") > 10 for shape in shapes)
     assert browser.get_log("browser") == []  # type: ignore[no-untyped-call]
+    browser.set_window_size(700, 900)
+    root = browser.find_element(By.TAG_NAME, "html")
+    assert root.get_property("scrollWidth") <= root.get_property("clientWidth"), "only the table scrolls sideways"
 
 
 def test_the_table_sorts_and_lines_can_be_hidden(browser: Chrome, page: str) -> None:
