@@ -15,7 +15,7 @@ from pipeline.config import ConfigError, parse_config
 from pipeline.lease import Holder, Lease
 from pipeline.ledger import Event, LedgerWriter, StepRecord
 from pipeline.storage import storage_error
-from pipeline.tracking import Tracker, tracking_uri
+from pipeline.tracking import Tracker, usable_tracking_uri
 
 TRAINING = "training"
 Files = dict[str, dict[str, int | str]]  # as in checkpoints.py, whose torch would slow down the start
@@ -51,7 +51,7 @@ class RunLog:
         config = parse_config(config_values)
         self.folder = UPath(run_folder)
         self.status_now = Status(steps=config.optimization.steps)
-        self.tracker = Tracker(config, tracking_uri(config), self.folder)
+        self.tracker = Tracker(config, usable_tracking_uri(config), self.folder)
         self._lost = False
         self.lease = Lease(self.folder, Holder.here(driver), lost=self._lease_lost)
         self.ledger = LedgerWriter(self.folder)

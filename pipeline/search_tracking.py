@@ -15,7 +15,7 @@ from pipeline.config import Config
 from pipeline.search_report import FOLDER
 from pipeline.search_trials import TrialRecord, best_trial
 from pipeline.storage import local_copy, read_json
-from pipeline.tracking import PATIENCE_S, tracking_uri
+from pipeline.tracking import PATIENCE_S, usable_tracking_uri
 
 if TYPE_CHECKING:  # brings in MLflow, which takes seconds to import
     from pipeline.mlflow_run import MlflowRun
@@ -32,7 +32,7 @@ class SearchTracker:
     def __init__(self, config: Config, folder: UPath, records: dict[int, TrialRecord]) -> None:
         """records: the source's own, which it changes."""
         self.config, self.folder, self.records = config, folder, records
-        self.uri = tracking_uri(config)
+        self.uri = usable_tracking_uri(config)
         self._parent: MlflowRun | None = None
         self._told: dict[str, dict[str, str]] = {}  # tags that a child has, by its id
         self._closing = threading.Event()

@@ -25,7 +25,7 @@ from upath import UPath
 from pipeline.config import Config, ConfigError
 from pipeline.ledger import Event, StepRecord, read_ledger
 from pipeline.run_metrics import Point, RunMetrics, goodput_so_far
-from pipeline.storage import is_local, storage_root
+from pipeline.storage import absolute_path, is_local
 
 if TYPE_CHECKING:  # both bring in what takes seconds to import
     from pipeline.evaluation import Evaluated
@@ -42,13 +42,15 @@ UNUSABLE = ("SQLITE_CANTOPEN", "SQLITE_NOTADB", "SQLITE_READONLY", "SQLITE_PERM"
 
 
 def tracking_uri(config: Config) -> str:
-    """`tracking.uri`, or a SQLite file in local `run.storage` (an object store cannot hold one: then `~/longlora`).
-
-    ConfigError if it is a SQLite file that cannot be written.
-    """
-    root = storage_root(config)
+    """`tracking.uri`, or a SQLite file in local `run.storage` (an object store cannot hold one: then `~/longlora`)."""
+    root = absolute_path(config.run.storage)
     folder = Path(str(root)) if is_local(root) else Path("~/longlora").expanduser()
-    uri = config.tracking.uri or f"sqlite:///{folder}/mlflow.db"
+    return config.tracking.uri or f"sqlite:///{folder}/mlflow.db"
+
+
+def usable_tracking_uri(config: Config) -> str:
+    """The same, to be written to: ConfigError if it is a SQLite file that cannot be."""
+    uri = tracking_uri(config)
     if uri.startswith("sqlite:///"):
         _check_sqlite(uri)
     return uri
@@ -58,7 +60,7 @@ def deliver(config: Config, run_folder: UPath, evaluated: "Evaluated | None" = N
     """Brings MLflow up to the ledger and the evaluation of a run; prints one line if that is not possible now."""
     if evaluated is None and not any(read_ledger(run_folder)):
         return
-    line = Tracker(config, tracking_uri(config), run_folder, evaluated).close()
+    line = Tracker(config, usable_tracking_uri(config), run_folder, evaluated).close()
     if line:
         print(line, flush=True)
 

@@ -20,7 +20,7 @@ from pipeline.ledger import Event, LedgerWriter, StepRecord
 from pipeline.run_config import keep_config
 from pipeline.run_log import RunLog
 from pipeline.storage import read_json, write_json
-from pipeline.tracking import Tracker, deliver, tracking_uri
+from pipeline.tracking import Tracker, deliver, tracking_uri, usable_tracking_uri
 
 
 @pytest.fixture
@@ -312,7 +312,7 @@ def test_a_sqlite_file_that_cannot_be_used_is_a_mistake(config: Config, tmp_path
             update={"tracking": config.tracking.model_copy(update={"uri": f"sqlite:///{tmp_path}/{path}"})}
         )
         with pytest.raises(ConfigError, match=r"MLflow at 'sqlite:.*cannot be used") as caught:
-            tracking_uri(config)
+            usable_tracking_uri(config)
         assert "\n" not in str(caught.value)
 
 
