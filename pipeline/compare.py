@@ -1,5 +1,6 @@
 """The command `compare`: runs that MLflow has, side by side, whoever made them."""
 
+import re
 from argparse import ArgumentParser, Namespace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -10,7 +11,12 @@ from pipeline.tracking_uri import check_tracking_uri
 
 def add_arguments(parser: ArgumentParser) -> None:
     """The options of the command."""
-    parser.add_argument("runs", nargs="*", metavar="NAME_OR_ID", help="runs, and their children (default: all)")
+    parser.add_argument(
+        "runs",
+        nargs="*",
+        metavar="NAME_OR_ID",
+        help="runs, and their children (default: all); section.key=value changes the config, e.g. run.storage=/folder",
+    )
     parser.add_argument("--experiment", metavar="NAME", help="MLflow experiment (default: the config's)")
     parser.add_argument("--filter", default="", help='in MLflow\'s language, e.g. "metrics.`eval/loss` < 3.5"')
     parser.add_argument(
@@ -21,6 +27,10 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--html", metavar="FILE", help="write a page with table and plots")
     parser.add_argument("--csv", metavar="FILE", help="write a table, one row a run")
     parser.add_argument("--config", metavar="FILE", help="YAML file (default: configs/quickstart.yaml)")
+
+
+OVERRIDE = re.compile(r"[a-z_]+\.[a-z_.]+=")
+"""`section.key=value` among the names, as for other commands: where the runs are."""
 
 
 def compare(options: Namespace) -> None:
@@ -35,7 +45,8 @@ def compare(options: Namespace) -> None:
     from pipeline.compare_report import comparison_csv, print_comparison
     from pipeline.compare_runs import Selection, read_runs
 
-    selection = Selection(experiment, options.runs, options.filter, options.tag)
+    names = [name for name in options.runs if not OVERRIDE.match(name)]
+    selection = Selection(experiment, names, options.filter, options.tag)
     runs = read_runs(uri, selection, options.metrics, curves=bool(options.html))
     print_comparison(Console(), runs, options.metrics)
     if options.csv:
@@ -58,7 +69,7 @@ def _source(options: Namespace) -> tuple[str, str]:
             raise ConfigError(str(error).replace("tracking.uri", "--uri", 1)) from None
         if options.experiment:
             return options.uri, options.experiment
-    config = load_config(options.config)
+    config = load_config(options.config, [setting for setting in options.runs if OVERRIDE.match(setting)])
     return options.uri or tracking_uri(config), options.experiment or config.tracking.experiment
 
 

@@ -320,3 +320,10 @@ def test_chosen_metrics_take_the_place_of_the_usual_ones(uri: str, capsys: pytes
     assert main(["compare", "trainer", "--uri", uri, "--experiment", "mixed", "--metrics", "eval_loss"]) == 0
     out = capsys.readouterr().out
     assert "eval_loss" in out and "training loss" not in out
+
+
+def test_where_the_runs_are_may_be_a_setting(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As for other commands; and asking makes no file."""
+    assert main(["compare", f"run.storage={tmp_path}/runs"]) == 2
+    assert f"{tmp_path}/runs/mlflow.db is not there" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
