@@ -1,4 +1,4 @@
-"""What a browser shows of runs: our page of a comparison, and MLflow's own list of runs. Needs Debian's Chromium."""
+"""What a browser shows of runs: our pages of a comparison and a search, MLflow's list. Needs Debian's Chromium."""
 
 import shutil
 from collections.abc import Callable, Iterator
@@ -10,8 +10,13 @@ from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import WebDriverWait
 from tracking_server import TrackingServer
+from upath import UPath
 
+from pipeline.config import load_config
 from pipeline.main import main
+from pipeline.search_budget import Budget
+from pipeline.search_report import write_result
+from pipeline.search_trials import Report, TrialRecord
 
 WAIT_S = 120
 """For what takes seconds on an idle machine."""
@@ -97,6 +102,37 @@ def test_the_table_sorts_and_lines_can_be_hidden(browser: Chrome, page: str) -> 
     assert line.is_displayed()
     box.click()
     assert not line.is_displayed()
+    assert browser.get_log("browser") == []  # type: ignore[no-untyped-call]
+
+
+def test_the_page_of_a_search(browser: Chrome, tmp_path: Path) -> None:
+    config = load_config("configs/search-demo.yaml")
+    hostile = "<script>document.title = 'owned'</script>"
+    records = [
+        TrialRecord(
+            number,
+            f"search-demo.{number:04d}",
+            {"attention.group_size": group_size, "adapter.rank": 8},
+            status,
+            hostile,
+            reports=[Report(12, 98304, loss, 1000.0 - group_size / 4)],
+        )
+        for number, group_size, status, loss in (
+            (1, 512, "finished", 4.3),
+            (2, 1024, "stopped", 4.6),
+            (3, 2048, "finished", 4.2),
+        )
+    ]
+    folder = write_result(config, UPath(tmp_path), records, Budget(config, UPath(tmp_path)))
+    browser.get(Path(str(folder / "report.html")).as_uri())
+    assert browser.title == "Search search-demo", "no trial's text was executed"
+    rows = [row.text for row in browser.find_elements(By.CSS_SELECTOR, "tbody tr")]
+    assert [row.split()[0] for row in rows] == ["3", "1", "2"] and "4.2000" in rows[0] and hostile in rows[2]
+    for figure in browser.find_elements(By.TAG_NAME, "figure"):
+        assert figure.find_element(By.TAG_NAME, "svg").size["height"] > 150
+        assert len(figure.find_elements(By.CSS_SELECTOR, "svg path")) > 10
+    assert len(browser.find_elements(By.TAG_NAME, "figure")) == 2
+    assert "group_size: 2048" in browser.find_element(By.TAG_NAME, "pre").text
     assert browser.get_log("browser") == []  # type: ignore[no-untyped-call]
 
 
