@@ -213,7 +213,8 @@ def test_a_run_that_died_while_the_server_was_down(server: TrackingServer, new_r
         "os.kill(os.getpid(), 9)\n"
     )
     command = [sys.executable, "-c", script, str(Path(__file__).parent), parse_config(values).model_dump_json()]
-    died = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(REPOSITORY)}, timeout=WAIT_S)
+    paths = os.pathsep.join(str(folder) for folder in (REPOSITORY, REPOSITORY / "benchmarks"))
+    died = subprocess.run(command, env={**os.environ, "PYTHONPATH": paths}, timeout=WAIT_S)
     assert died.returncode == -signal.SIGKILL
     log = begin(new_run(server.uri), step=8)
     for step in range(8, 12):
