@@ -54,32 +54,38 @@ class TrialSource(Searcher):
         return Searcher.FINISHED
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        record = self.records[self._number_of[trial_id]]
-        reports = record.reports
-        if "step" in result and result["step"] > max((report.step for report in reports), default=-1):
-            report = Report(result["step"], result["tokens"], result[LOSS], result[THROUGHPUT])
-            reports = [*reports, report]
-        tokens = max(record.tokens, result["tokens"])
-        seconds = self._worker_seconds(record.number, result["worker_seconds"])
-        self._keep(replace(record, reports=reports, tokens=tokens, worker_seconds=seconds))
+        self._keep(self._taken(self.records[self._number_of[trial_id]], result))
         self.budget.keep()
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """The trial has ended, or Tune ends it: ASHA, or all trials at the end of the budget and at Ctrl-C."""
-        record = self.records[self._number_of[trial_id]]
-        ended = (result or {}).get("ended")
+        """The trial has ended, or Tune ends it: ASHA, or all trials at the end of the budget and at Ctrl-C.
+
+        result: the last one, which Tune gives to this method alone where ASHA or the trial itself ends with it.
+        """
+        last, record = result or {}, self.records[self._number_of[trial_id]]
+        if "tokens" in last:
+            record = self._taken(record, last)
         if error:
-            record = replace(
-                record, status="failed", reason="its driver failed again and again: the error is in Ray's log folder"
-            )
-        elif ended:
-            record = replace(record, status=ended, reason=(result or {}).get("reason", ""))
+            reason = "its driver failed again and again: the error is in Ray's log folder"
+            record = replace(record, status="failed", reason=reason)
+        elif "ended" in last:
+            record = replace(record, status=last["ended"], reason=last["reason"])
         elif self.ends_because:
             record = replace(record, reason=f"interrupted: {self.ends_because}")
         else:
             record = replace(record, status="stopped", reason=_behind(record))
         self._keep(record)
         self.say(f"trial {record.number} {_outcome(record)}")
+
+    def _taken(self, record: TrialRecord, result: dict[str, Any]) -> TrialRecord:
+        """A record with what its trial has told. Told again, after a restart of its driver, it is the same."""
+        reports = record.reports
+        if "step" in result and result["step"] > max((report.step for report in reports), default=-1):
+            report = Report(result["step"], result["tokens"], result[LOSS], result[THROUGHPUT])
+            reports = [*reports, report]
+        tokens = max(record.tokens, result["tokens"])
+        seconds = self._worker_seconds(record.number, result["worker_seconds"])
+        return replace(record, reports=reports, tokens=tokens, worker_seconds=seconds)
 
     def must_end(self) -> bool:
         """Whether all trials are to end now."""

@@ -42,7 +42,7 @@ def test_a_trial_from_its_start_to_its_end(tmp_path: Path) -> None:
     source.on_trial_complete("t1", told(12 * 8192, 61.0, ended="finished", reason=""))
     record = TrialStore(UPath(tmp_path)).read()[1]
     assert [(report.step, report.loss) for report in record.reports] == [(3, 4.5), (12, 4.1)]
-    assert (record.status, record.tokens, record.worker_seconds) == ("finished", 12 * 8192, 60.0)
+    assert (record.status, record.tokens, record.worker_seconds) == ("finished", 12 * 8192, 61.0)
     assert said == ["trial 1 starts: group_size 512, rank 2", "trial 1 finished: eval/loss 4.1000, 98,304 tokens"]
 
 
@@ -51,14 +51,15 @@ def test_how_trials_end(tmp_path: Path) -> None:
     for name in ("behind", "ill", "dead", "cut"):
         source.suggest(name)
         source.on_trial_result(name, validation(3, 4.5))
-    source.on_trial_complete("behind", validation(3, 4.5))
+    source.on_trial_complete("behind", validation(6, 4.4))  # Tune gives the last result to this method alone
     source.on_trial_complete("ill", told(0, ended="failed", reason="workers.min is 9: …"))
     source.on_trial_complete("dead", None, error=True)
     source.ends_because = "search.max_hours 1 is spent"
     source.on_trial_complete("cut", validation(3, 4.5))
     records = TrialStore(UPath(tmp_path)).read()
     assert [records[n].status for n in (1, 2, 3, 4)] == ["stopped", "failed", "failed", "running"]
-    assert records[1].reason == "behind other trials: eval/loss 4.5000 after 24,576 tokens"
+    assert records[1].reason == "behind other trials: eval/loss 4.4000 after 49,152 tokens"
+    assert [report.step for report in records[1].reports] == [3, 6]
     assert records[2].reason == "workers.min is 9: …"
     assert records[4].reason == "interrupted: search.max_hours 1 is spent"
 
@@ -68,7 +69,7 @@ def test_a_search_that_starts_anew_goes_on_with_interrupted_trials_first(tmp_pat
     for name in ("a", "b", "c"):
         killed.suggest(name)
         killed.on_trial_result(name, validation(3, 4.5, 30.0))
-    killed.on_trial_complete("b", told(12 * 8192, ended="finished", reason=""))
+    killed.on_trial_complete("b", told(12 * 8192, 31.0, ended="finished", reason=""))
     source, said = source_of(tmp_path)
     runs = [given["config"]["run"]["name"] for given in map(source.suggest, "xyz") if isinstance(given, dict)]
     assert runs == ["search-demo.0001", "search-demo.0003", "search-demo.0004"]
