@@ -137,8 +137,8 @@ class EndWithBudget(Stopper):
 
 def _behind(record: TrialRecord) -> str:
     if record.result is None:
-        return "stopped before its first validation"
-    return f"behind other trials: eval/loss {record.result.loss:.4f} after {record.result.tokens:,} tokens"
+        return "before its first validation"
+    return f"behind after {record.result.tokens:,} tokens"
 
 
 def _outcome(record: TrialRecord) -> str:
@@ -146,4 +146,5 @@ def _outcome(record: TrialRecord) -> str:
         return f"finished: eval/loss {record.result.loss:.4f}, {record.result.tokens:,} tokens"
     if record.status == "running":
         return record.reason
-    return f"{record.status}: {record.reason}"
+    loss = f", eval/loss {record.loss:.4f}" if record.reports else ""
+    return f"{record.status}: {record.reason}{loss}"
