@@ -219,8 +219,8 @@ def _artifacts(client: MlflowClient) -> str | None:
 
 def _log_params_and_tags(client: MlflowClient, run: Run, config: Config) -> None:
     """Logs the settings that the run has no param of, for one that has been logged cannot be changed; tags can."""
-    values = {key: str(value)[:PARAM_LIMIT] for key, value in config.flat().items() if key not in run.data.params}
-    params = [Param(key, value) for key, value in values.items()]
+    known = {*run.data.params, "tracking.tags"}  # which are tags, and differ between runs whose settings do not
+    params = [Param(key, str(value)[:PARAM_LIMIT]) for key, value in config.flat().items() if key not in known]
     for start in range(0, len(params), PARAMS_LIMIT):
         client.log_batch(run.info.run_id, params=params[start : start + PARAMS_LIMIT])
     tags = [RunTag(key, value) for key, value in tags_of(config).items() if run.data.tags.get(key) != value]
