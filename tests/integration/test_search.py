@@ -106,6 +106,43 @@ def _check_result(folder: UPath, records: dict[int, TrialRecord]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_ctrl_c_and_a_spent_budget_save_and_what_is_granted_later_goes_on(make_run: Callable, tmp_path: Path) -> None:
+    """Optuna, two objectives, a condition; the first trials are far from their end when everything has to end."""
+    space = {
+        "attention.group_size": {"choice": [32, 64]},
+        "adapter.rank": {"choice": [2, 4]},
+        "adapter.alpha": {"log_uniform": [4, 16], "when": {"adapter.rank": [4]}},
+    }
+    objectives = ["eval/loss", "train/tokens_per_second"]
+    values = settings(tmp_path, space=space, sampler="optuna", objectives=objectives, trials=2)
+    values["optimization"]["steps"] = 4000
+    values["checkpoint"]["every_steps"] = 4000  # so that what is saved was asked for
+    run = make_run("tried", **values)
+    driver = run.start("search")
+    wait_for("validations", lambda: sum(bool(trial.reports) for trial in trials(run.folder).values()) == 2)
+    os.kill(driver.pid, signal.SIGINT)
+    output, _ = driver.communicate(timeout=120)
+    assert driver.returncode == 130 and "all trials save and end" in output, output
+    _check_interrupted(run.folder, "interrupted: Ctrl-C")
+
+    spent = json.loads((run.folder / "spent.json").read_text())["seconds"]
+    limit = f"search.max_hours={(spent + 40) / 3600}"
+    output = run.finish("search", limit)
+    assert "trial 1 goes on" in output and "trial 2 goes on" in output and "no trial has finished" in output
+    _check_interrupted(run.folder, "interrupted: search.max_hours")
+    assert "goes on" not in run.finish("search", limit), "nothing is granted"
+
+
+def _check_interrupted(folder: UPath, reason: str) -> None:
+    for trial in trials(folder).values():
+        assert trial.status == "running" and trial.reason.startswith(reason)
+        saved = checkpoints.steps(folder.parent / trial.run)
+        assert saved and saved[-1] * 2 * 128 >= trial.reports[-1].tokens, "the step under way is saved"
+        assert tracked(folder)[trial.run].info.status == "KILLED"
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_a_trial_whose_node_is_killed_comes_to_the_same_result(make_run: Callable, tmp_path: Path) -> None:
     values = settings(tmp_path)
