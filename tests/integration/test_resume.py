@@ -70,4 +70,4 @@ def test_a_changed_setting_is_refused_and_named(make_run: Callable) -> None:
     process = run.start("train", "adapter.rank=8")
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 2
-    assert "adapter.rank is 8" in output and "started with 4" in output
+    assert "was started with other settings: adapter.rank: 4 → 8;" in output
