@@ -124,7 +124,7 @@ def make_run(tmp_path: Path) -> Iterator[Callable[..., Run]]:
         book = next((REPOSITORY / "examples" / "books" / "train").glob("*.txt"))
         (tmp_path / "book.txt").write_text(book.read_text(encoding="utf-8")[:60000], encoding="utf-8")
         path = tmp_path / f"{name}.yaml"
-        path.write_text(yaml.safe_dump(values))
+        path.write_text(yaml.safe_dump(values, sort_keys=False))
         return Run(path, UPath(tmp_path) / "storage" / name)
 
     yield make

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -36,9 +37,10 @@ def settings(tmp_path: Path, **search: Any) -> dict[str, dict[str, Any]]:
     }
 
 
-def wait_for(what: str, condition: Callable[[], bool]) -> None:
+def wait_for(what: str, condition: Callable[[], bool], driver: "subprocess.Popen[str]") -> None:
     until = time.monotonic() + WAIT_S
     while not condition():
+        assert driver.poll() is None, driver.communicate()[0]
         assert time.monotonic() < until, f"{what}: not in {WAIT_S} s"
         time.sleep(0.1)
 
@@ -60,7 +62,7 @@ def test_a_search_goes_on_after_its_driver_was_killed(make_run: Callable, tmp_pa
     """Four trials, two at once. Two ask for more workers than there can be: a clear line, and the others go on."""
     run = make_run("tried", **settings(tmp_path))
     driver = run.start("search")
-    wait_for("two validations", lambda: sum(len(trial.reports) for trial in trials(run.folder).values()) >= 2)
+    wait_for("two validations", lambda: sum(len(trial.reports) for trial in trials(run.folder).values()) >= 2, driver)
     os.kill(driver.pid, signal.SIGKILL)
     driver.communicate()
     before = trials(run.folder)
@@ -120,7 +122,7 @@ def test_ctrl_c_and_a_spent_budget_save_and_what_is_granted_later_goes_on(make_r
     values["checkpoint"]["every_steps"] = 4000  # so that what is saved was asked for
     run = make_run("tried", **values)
     driver = run.start("search")
-    wait_for("validations", lambda: sum(bool(trial.reports) for trial in trials(run.folder).values()) == 2)
+    wait_for("validations", lambda: sum(bool(trial.reports) for trial in trials(run.folder).values()) == 2, driver)
     os.kill(driver.pid, signal.SIGINT)
     output, _ = driver.communicate(timeout=120)
     assert driver.returncode == 130 and "all trials save and end" in output, output
@@ -154,7 +156,7 @@ def test_a_trial_whose_node_is_killed_comes_to_the_same_result(make_run: Callabl
         made.environment["RAY_ADDRESS"] = cluster.address
         driver = made.start("search")
         runs = [DisturbedRun(made.config, made.folder.parent / f"tried.{number:04d}") for number in (1, 2)]
-        wait_for("training", lambda: all(run.trains(1, 30) for run in runs))
+        wait_for("training", lambda: all(run.trains(1, 30) for run in runs), driver)
         cluster.remove(next(node for node in cluster.nodes if workers_of(raylet_pid(node))))
         output, _ = driver.communicate(timeout=600)
         assert driver.returncode == 0, output
