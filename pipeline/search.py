@@ -64,6 +64,7 @@ def search(config: Config, folder: UPath, packs: PreparedPacks) -> None:
         tracker.start()
         with _interruptible(source):
             _tune(config, source)
+        source.interrupt()
         records = list(source.records.values())
         write_result(config, folder, records, source.budget)
         print_result(config, folder, records, source.budget)

@@ -87,6 +87,14 @@ class TrialSource(Searcher):
         seconds = self._worker_seconds(record.number, result["worker_seconds"])
         return replace(record, reports=reports, tokens=tokens, worker_seconds=seconds)
 
+    def interrupt(self) -> None:
+        """Says of the trials that were ended with the search that they will go on; Tune tells nothing of them."""
+        for number in self._number_of.values():
+            record = self.records[number]
+            if record.status == "running" and not record.reason:
+                self._keep(replace(record, reason=f"interrupted: {self.ends_because}"))
+                self.say(f"trial {number} {self.records[number].reason}")
+
     def must_end(self) -> bool:
         """Whether all trials are to end now."""
         self.ends_because = self.ends_because or self.budget.exhausted(self.records.values())

@@ -88,6 +88,18 @@ def test_an_ended_search_begins_nothing(tmp_path: Path) -> None:
     assert EndWithBudget(source).stop_all() and not EndWithBudget(source)("a", {})
 
 
+def test_trials_that_end_with_the_search_will_go_on(tmp_path: Path) -> None:
+    source, said = source_of(tmp_path)
+    for name in ("a", "b"):
+        source.suggest(name)
+    source.on_trial_complete("a", told(0, ended="finished", reason=""))
+    source.ends_because = "Ctrl-C"
+    source.interrupt()
+    records = TrialStore(UPath(tmp_path)).read()
+    assert [(r.status, r.reason) for r in records.values()] == [("finished", ""), ("running", "interrupted: Ctrl-C")]
+    assert said[-1] == "trial 2 interrupted: Ctrl-C"
+
+
 def test_the_whole_grid_and_then_no_more(tmp_path: Path) -> None:
     source, _ = source_of(tmp_path, "search.trials=100")
     given = [source.suggest(str(number)) for number in range(10)]
