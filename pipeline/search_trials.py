@@ -83,6 +83,8 @@ class TrialStore:
 
     def read(self) -> dict[int, TrialRecord]:
         """All trials by number, ascending."""
+        if not self.folder.exists():  # on an object store, before the first trial
+            return {}
         paths = [path for path in self.folder.iterdir() if path.name.endswith(".json")]
         records = [_record(read_json(path)) for path in paths]
         return {record.number: record for record in sorted(records, key=lambda record: record.number)}

@@ -54,6 +54,13 @@ def test_records_are_read_as_they_were_written(tmp_path: Path) -> None:
     assert list(store.read()) == [1, 2, 10]
 
 
+def test_records_on_an_object_store(bucket: UPath) -> None:
+    store = TrialStore(bucket / "search")
+    assert store.read() == {}
+    store.write(record(1, 4.0))
+    assert store.read() == {1: record(1, 4.0)}
+
+
 def test_the_best_trial_has_finished() -> None:
     assert best_trial([record(1, 4.2), record(2, 4.1), record(3, 3.9, status="stopped")]).number == 2
     assert best_trial([record(3, 3.9, status="stopped"), TrialRecord(4, "s.4", {}, "finished")]) is None
