@@ -50,10 +50,10 @@ TUNE_SETTINGS = {
 
 
 def search(config: Config, folder: UPath, packs: PreparedPacks) -> None:
-    """Searches until space or budget is exhausted, and writes the result to `<search>/search`.
+    """Searches until space or budget is exhausted, and writes the result to `<search>/result`.
 
     ConfigError if another driver works on this search, no trial fits the cluster, or all trials fail. KeyboardInterrupt
-    after Ctrl-C, when all trials have saved.
+    after Ctrl-C, when all trials have ended.
     """
     check_resources(trial_config(config, {}))
     lease = Lease(folder, Holder.here(os.getpid()))
