@@ -68,10 +68,12 @@ def search(config: Config, folder: UPath, packs: PreparedPacks) -> None:
         records = list(source.records.values())
         write_result(config, folder, records, source.budget)
         print_result(config, folder, records, source.budget)
-        tracker.close(source.ends_because)
+        tracker.close()
     finally:
-        source.budget.keep()
-        lease.release()
+        try:
+            source.budget.keep()
+        finally:
+            lease.release()
     if source.ends_because == INTERRUPT:
         raise KeyboardInterrupt
     if records and all(record.status == "failed" for record in records):

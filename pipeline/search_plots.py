@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Sequence
+from math import isfinite
 from statistics import median
 
 from matplotlib.axes import Axes
@@ -21,7 +22,7 @@ CAPTIONS = {
 
 def plots(config: Config, records: Sequence[TrialRecord]) -> dict[str, Figure]:
     """`pareto` and `effects`, where there is something to plot."""
-    known = [record for record in records if record.result is not None]
+    known = [record for record in records if isfinite(record.loss)]
     figures = {"pareto": _pareto_plot(known), "effects": _effects_plot(config, known)}
     return {name: figure for name, figure in figures.items() if figure is not None}
 

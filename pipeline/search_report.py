@@ -51,8 +51,10 @@ def print_result(config: Config, folder: UPath, records: Sequence[TrialRecord], 
 
 
 def best_yaml(config: Config, best: TrialRecord, trials: int) -> str:
-    """The config of the best trial's run, with the workers of the search's config."""
-    run = trial_config(config, best.settings, best.number).model_copy(update={"workers": config.workers})
+    """The config of the best trial's run, which may grow to the workers of the search's config."""
+    run = trial_config(config, best.settings, best.number)
+    most = max(run.workers.min, config.workers.max)
+    run = run.model_copy(update={"workers": run.workers.model_copy(update={"max": most})})
     head = (
         f"# Best of {trials} trials of the search {config.run.name}: {described(best.settings)};\n"
         f"# eval/loss {best.loss:.4f} after {best.tokens:,} tokens. The trial's run has this name: `run` evaluates\n"

@@ -4,6 +4,7 @@ Optuna does the sampling. Choices are given to it by their numbers, so that they
 """
 
 from collections.abc import Iterable
+from math import isfinite
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 from optuna.study import StudyDirection
 from optuna.trial import TrialState, create_trial
 
-from pipeline.search_space import LOSS, Parameter, Search, Settings
+from pipeline.search_space import LOSS, THROUGHPUT, Parameter, Search, Settings
 from pipeline.search_trials import TrialRecord
 
 MOST_TRIES = 100
@@ -101,7 +102,8 @@ def _number(parameter: Parameter, value: Any) -> float | int:
 
 def _values(record: TrialRecord, search: Search) -> list[float] | None:
     """What the objectives came to; None where one is missing, or the trial failed."""
-    if record.status == "failed" or record.result is None:
+    if record.status == "failed" or not isfinite(record.loss):
         return None
-    values = [record.result.objectives()[objective] for objective in search.objectives]
+    known = {LOSS: record.loss, THROUGHPUT: record.throughput}
+    values = [known[objective] for objective in search.objectives]
     return None if None in values else [value for value in values if value is not None]

@@ -97,20 +97,23 @@ class TrialSource(Searcher):
 
     def must_end(self) -> bool:
         """Whether all trials are to end now."""
-        self.ends_because = self.ends_because or self.budget.exhausted(self.records.values())
+        spent = self.budget.exhausted(self.records.values())
+        self.ends_because = self.ends_because or spent  # Ctrl-C may have set it since
         return bool(self.ends_because)
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing: the records are kept as they come, and as JSON."""
 
     def restore(self, checkpoint_path: str) -> None:
-        raise NotImplementedError("a search goes on from its records: start it again by the same command")
+        raise RuntimeError("a search goes on from its records: start it again by the same command")
 
     def _next(self) -> tuple[TrialRecord | None, bool]:
         """A trial, and whether it has been begun before; None if there is to be no more."""
         if self._interrupted:
             return self.records[self._interrupted.pop(0)], True
-        if self.budget.refuses_another(self.records.values()):
+        refusal = self.budget.refuses_another(self.records.values())
+        if refusal:
+            self.say(f"no further trial: {refusal}")
             return None, False
         settings = next_settings(self.config.search, self.config.run.seed, self.records.values())
         if settings is None:

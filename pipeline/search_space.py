@@ -1,6 +1,7 @@
 """The section `search` of the config: which settings are tried, how, and at what expense."""
 
 from itertools import product
+from math import pi
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
@@ -12,8 +13,11 @@ THROUGHPUT: Literal["train/tokens_per_second"] = "train/tokens_per_second"
 Objective = Literal["eval/loss", "train/tokens_per_second"]
 Settings = dict[str, Any]
 """Values of config keys, `section.key`."""
-SHARED = ("run.", "tracking.", "search.", "data.", "context.length", "model.tokenizer")
-"""Keys that are the same in all trials: their names, and what the packs are made of."""
+SHARED = (
+    *("run.", "tracking.", "search.", "data.", "evaluation.", "context.length", "model.tokenizer", "workers.max"),
+    *("optimization.steps", "optimization.global_batch"),
+)
+"""Keys that are the same in all trials: names, packs, what they are compared on, and the tokens of a trial."""
 
 
 class Parameter(Section):
@@ -45,8 +49,11 @@ class Parameter(Section):
         return all(key in settings and settings[key] in values for key, values in self.when.items())
 
     def extremes(self) -> list[Any]:
-        """Values whose legality speaks for all: every choice, or both ends."""
-        return self.choice if self.choice is not None else list(self.uniform or self.log_uniform or ())
+        """Values whose legality speaks for all: every choice, or both ends and a number between that is not whole."""
+        if self.choice is not None:
+            return self.choice
+        low, high = self.uniform or self.log_uniform or (0.0, 0.0)
+        return [low, low + (high - low) / pi, high]
 
 
 class Asha(Section):

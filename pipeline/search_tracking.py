@@ -42,12 +42,13 @@ class SearchTracker:
     def start(self) -> None:
         self._thread.start()
 
-    def close(self, ends_because: str) -> None:
-        """Delivers the result too, for `PATIENCE_S` at most; one line if the server has not got all."""
+    def close(self) -> None:
+        """Delivers the result too, once what is under way has ended; one line if the server has not got all."""
         self._closing.set()
         self._thread.join(PATIENCE_S)
         if not self._thread.is_alive():
-            self._try_to_deliver(status="KILLED" if ends_because else "FINISHED", result=True)
+            going_on = any(record.status == "running" for record in self.records.values())
+            self._try_to_deliver(status="KILLED" if going_on else "FINISHED", result=True)
         if self._thread.is_alive() or self._problem:
             problem = self._problem or f"no answer in {PATIENCE_S:.0f} s"
             print(f"MLflow at {self.uri} has not got all of this search ({problem}): its next start delivers it")

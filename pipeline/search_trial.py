@@ -8,6 +8,7 @@ import threading
 import time
 from collections import deque
 from contextlib import suppress
+from math import inf, isnan
 from typing import Any
 
 import ray
@@ -100,7 +101,8 @@ class Trial(tune.Trainable):
 
     def _validation(self, event: Event) -> Result:
         self.told = event.step
-        objectives = {LOSS: event.details["loss"], THROUGHPUT: event.details.get("tokens_per_second")}
+        loss = event.details["loss"]
+        objectives = {LOSS: inf if isnan(loss) else loss, THROUGHPUT: event.details.get("tokens_per_second")}
         return {"step": event.step, **objectives, **self._spent(event.step)}
 
     def _progress(self) -> Result:

@@ -8,13 +8,14 @@ state of a trial's training is in the folder of its run, `<run.storage>/<search>
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from math import isfinite
 from statistics import median
 from typing import Any, Literal
 
 from upath import UPath
 
 from pipeline.config import Config, parse_config
-from pipeline.search_space import LOSS, THROUGHPUT, Search, Settings
+from pipeline.search_space import Search, Settings
 from pipeline.storage import make_folder, read_json, write_json
 
 Status = Literal["running", "finished", "stopped", "failed"]
@@ -33,9 +34,6 @@ class Report:
     """`eval/loss`, nats a target token."""
     tokens_per_second: float | None
     """Over the last steps; None where it was not recorded."""
-
-    def objectives(self) -> dict[str, float | None]:
-        return {LOSS: self.loss, THROUGHPUT: self.tokens_per_second}
 
 
 @dataclass(frozen=True)
@@ -130,13 +128,17 @@ def shown(value: Any) -> str:
 
 def best_trial(records: Sequence[TrialRecord]) -> TrialRecord | None:
     """Of the trials that have finished, the one with the lowest held-out loss."""
-    finished = [record for record in records if record.status == "finished" and record.reports]
+    finished = [record for record in records if record.status == "finished" and isfinite(record.loss)]
     return min(finished, key=lambda record: record.loss, default=None)
 
 
 def pareto_front(records: Sequence[TrialRecord]) -> list[TrialRecord]:
     """The finished trials that no other beats in held-out loss and in throughput; ascending in throughput."""
-    finished = [record for record in records if record.status == "finished" and record.throughput is not None]
+    finished = [
+        record
+        for record in records
+        if record.status == "finished" and record.throughput is not None and isfinite(record.loss)
+    ]
     fastest_first = sorted(finished, key=lambda record: (-(record.throughput or 0.0), record.loss))
     front: list[TrialRecord] = []
     for record in fastest_first:

@@ -14,6 +14,8 @@ def run_stages(config: Config, command: str) -> int:
     folder = run_folder(config)
     check_unchanged(config, folder)
     if command in ("run", "train"):
+        if (folder / "trials").exists():
+            raise ConfigError(f"run.name = {config.run.name!r} is a search: give the run a name of its own")
         refuse_if_held(folder)
     check_model(config)  # last of what is checked: it takes seconds to import
     if command in ("run", "prepare", "train"):

@@ -22,6 +22,7 @@ def demo(*overrides: str) -> Config:
             "search.space={attention.group_size: {choice: [512, 513]}}",
             "search.space attention.group_size = 513: attention.group_size is 513: it must be even",
         ),
+        ("search.space={adapter.rank: {uniform: [4, 64]}}", "search.space adapter.rank = 23.0"),
         ("search.space={adapter.dropout: {uniform: [0.0, 1.5]}}", "search.space adapter.dropout = 1.5: "),
     ],
 )

@@ -9,7 +9,7 @@ from upath import UPath
 
 from pipeline.config import load_config, parse_config
 from pipeline.search_budget import Budget
-from pipeline.search_report import print_result, trials_csv, trials_table, write_result
+from pipeline.search_report import best_yaml, print_result, trials_csv, trials_table, write_result
 from pipeline.search_trials import Report, TrialRecord
 
 CONFIG = load_config("configs/search-demo.yaml", ["search.worker_hour_price=2"])
@@ -68,6 +68,15 @@ def test_the_result(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     printed = capsys.readouterr().out
     assert "3 trials (2 finished, 1 stopped), 122,880 tokens" in printed and "1.50 worker-hours, cost 3.00" in printed
     assert "best: trial 3, group_size 2048, rank 32" in printed
+
+
+def test_the_best_config_has_the_workers_that_were_tried() -> None:
+    config = load_config("configs/search-demo.yaml", ["workers.max=4"])
+    tried = TrialRecord(
+        1, "s.1", {"workers.zero_stage": 3, "workers.min": 2}, "finished", reports=[Report(1, 1, 4.0, 1.0)]
+    )
+    workers = parse_config(yaml.safe_load(best_yaml(config, tried, 1))).workers
+    assert (workers.zero_stage, workers.min, workers.max) == (3, 2, 4)
 
 
 @pytest.mark.parametrize("records", [[], [record(1, "failed", [])], [record(1, "stopped", [4.6])]])

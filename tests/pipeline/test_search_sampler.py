@@ -2,7 +2,7 @@ from dataclasses import replace
 
 import pytest
 
-from pipeline.search_sampler import next_settings
+from pipeline.search_sampler import _values, next_settings
 from pipeline.search_space import Parameter, Search
 from pipeline.search_trials import Report, TrialRecord
 
@@ -69,3 +69,12 @@ def test_trials_that_came_to_nothing_are_no_obstacle(status: str) -> None:
     search = Search(space=RANGES, objectives=["eval/loss", "train/tokens_per_second"])
     records = [replace(record, status=status, reports=[]) for record in run(search, 3)]
     assert next_settings(search, 0, records) is not None
+
+
+def test_what_optuna_is_told_of_a_trial() -> None:
+    """Tokens/s as the table has them, not those of the last steps alone; nothing of a trial that has diverged."""
+    search = Search(space=CHOICES, objectives=["eval/loss", "train/tokens_per_second"])
+    reports = [Report(step, step, 5.0 - step, rate) for step, rate in ((1, 900.0), (2, 1000.0), (3, 100.0))]
+    trial = TrialRecord(1, "s.1", {}, "finished", reports=reports)
+    assert _values(trial, search) == [2.0, 900.0]
+    assert _values(replace(trial, reports=[Report(3, 3, float("inf"), 100.0)]), search) is None

@@ -81,9 +81,10 @@ def test_a_search_that_starts_anew_goes_on_with_interrupted_trials_first(tmp_pat
 
 
 def test_an_ended_search_begins_nothing(tmp_path: Path) -> None:
-    source, _ = source_of(tmp_path, "search.trials=1")
+    source, said = source_of(tmp_path, "search.trials=1")
     source.suggest("a")
     assert source.suggest("b") == Searcher.FINISHED
+    assert said[-1] == "no further trial: search.trials 1 have been begun"
     source.ends_because = "Ctrl-C"
     assert EndWithBudget(source).stop_all() and not EndWithBudget(source)("a", {})
 
@@ -116,5 +117,5 @@ def test_settings_that_are_illegal_together_fail_alone(tmp_path: Path) -> None:
 
 
 def test_tunes_state_is_not_read(tmp_path: Path) -> None:
-    with pytest.raises(NotImplementedError, match="goes on from its records"):
+    with pytest.raises(RuntimeError, match="goes on from its records"):
         source_of(tmp_path)[0].restore("state.pkl")

@@ -25,6 +25,11 @@ def search(**values: Any) -> Any:
             r"\[0, 1\] is no range: give the lower end first, above",
         ),
         ({"space": {"data.train": {"choice": [["a"]]}}}, "search.space has data.train: all trials share it"),
+        ({"space": {"evaluation.rows": {"choice": [2]}}}, "search.space has evaluation.rows: all trials share it"),
+        (
+            {"space": {"optimization.steps": {"choice": [2]}}},
+            "search.space has optimization.steps: all trials share it",
+        ),
         ({"space": {"context.length": {"choice": [512]}}}, "search.space has context.length: all trials share it"),
         (
             {

@@ -98,6 +98,11 @@ def test_signs_of_life_while_nothing_is_validated(make_trial: Callable[[Training
     assert told(trial)[-1]["ended"] == "finished"
 
 
+def test_a_loss_that_is_no_number_is_told_as_infinite(make_trial: Callable[[Training], Trial]) -> None:
+    [diverged, _] = told(make_trial(lambda log: log.told.append(evaluation(12, float("nan")))))
+    assert diverged[LOSS] == float("inf")
+
+
 @pytest.mark.parametrize(
     ("error", "reason"),
     [(ConfigError("the packs differ"), "the packs differ"), (RuntimeError("two\nlines"), "RuntimeError: two lines")],

@@ -63,6 +63,7 @@ def test_records_on_an_object_store(bucket: UPath) -> None:
 
 def test_the_best_trial_has_finished() -> None:
     assert best_trial([record(1, 4.2), record(2, 4.1), record(3, 3.9, status="stopped")]).number == 2
+    assert best_trial([record(1, float("inf")), record(2, 4.1)]).number == 2, "what has diverged is never the best"
     assert best_trial([record(3, 3.9, status="stopped"), TrialRecord(4, "s.4", {}, "finished")]) is None
 
 
