@@ -24,7 +24,7 @@ import torch
 from figures import as_table, machine, save
 from torch.nn.functional import scaled_dot_product_attention
 
-from longlora.attention import choose_backend, s2_attention
+from longlora.attention import Shape, choose_backend, s2_attention
 from longlora.attention.reference import reference_attention
 from longlora.segments import SegmentPlan, plan_segments
 
@@ -75,9 +75,9 @@ def random_row(
     tokens: int, heads: int, kv_heads: int, head_dim: int, options: argparse.Namespace
 ) -> list[torch.Tensor]:
     """q, k, v as leaves, and a gradient of the output."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(options.device).manual_seed(0)
     shapes = [(tokens, n, head_dim) for n in (heads, kv_heads, kv_heads, heads)]
-    q, k, v, grad = (torch.randn(s, generator=generator).to(options.device, options.dtype) for s in shapes)
+    q, k, v, grad = (torch.randn(s, generator=generator, device=options.device, dtype=options.dtype) for s in shapes)
     return [q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), grad]
 
 
@@ -186,9 +186,10 @@ def main() -> int:
         keep_memory()
     torch.set_num_threads(options.threads)
     check(options)
+    shape = Shape(torch.device(options.device), options.dtype, options.heads, options.kv_heads, options.head_dim)
     facts = machine(
         options.device,
-        backend=str(choose_backend(options.device, options.dtype, options.head_dim)),
+        backend=str(choose_backend(shape, plan_segments([4096], 1024), "auto")),
         heads=f"{options.heads}/{options.kv_heads} x {options.head_dim}",
         dtype=str(options.dtype).removeprefix("torch."),
         rounds=options.rounds,

@@ -38,6 +38,13 @@ def as_table(rows: Sequence[Row]) -> str:
     return "\n".join(lines + ["| " + " | ".join(str(row.get(name, "")) for name in names) + " |" for row in rows])
 
 
+def verdict(ratio: float, goal: float, spread: float) -> str:
+    """PASS if `ratio` ≥ `goal`; NOISE if it misses by less than `spread` (both relative), FAIL if by more."""
+    if ratio >= goal:
+        return "PASS"
+    return "NOISE" if ratio >= goal * (1 - spread) else "FAIL"
+
+
 def save(name: str, title: str, facts: Row, rows: Sequence[Row]) -> Path:
     """Writes `results/<date>-<name>.json`, and the same as Markdown; returns the path of the latter."""
     RESULTS.mkdir(exist_ok=True)

@@ -10,8 +10,11 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, P
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from longlora import fused
+from longlora.activations import ActivationPolicy, apply_policy, kept_outputs, layers_of
 from longlora.adapters import attach_adapter, enable_full_training
-from longlora.attention import BackendChoice, choose_backend, hf
+from longlora.attention import BackendChoice, Shape, choose_backend, hf
+from longlora.lora_linear import fuse_lora
 from longlora.loss import summed_cross_entropy
 from longlora.rope import extend_rope
 from longlora.segments import SegmentPlan, plan_segments
@@ -21,12 +24,20 @@ class LongContextModel(nn.Module):
     """A causal language model that takes one row of documents and returns the sum of its token losses.
 
     `network` is the transformers model, or the PeftModel around it; `attention_backend` is `s2_attention`'s `backend`.
+    All activations are kept for the backward pass until `follow` says otherwise.
     """
 
     def __init__(self, network: PreTrainedModel | PeftModel, attention_backend: str = "auto") -> None:
         super().__init__()
         self.network = network
         self.attention_backend = attention_backend
+        self.layers = len(layers_of(network))
+        self.policy = ActivationPolicy(kept=self.layers)
+
+    def follow(self, policy: ActivationPolicy) -> None:
+        """Keeps of the activations what `policy` says, from the next row on."""
+        apply_policy(self.network, policy)
+        self.policy = policy
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, targets: Tensor, segment_plan: SegmentPlan) -> Tensor:
         """Σ −log p(target) in nats, an fp32 scalar.
@@ -34,23 +45,41 @@ class LongContextModel(nn.Module):
         input_ids, position_ids (1, T) int64, positions restarting at each document; targets (T,) int64, the token that
         follows, −100 for none; segment_plan for the same T tokens.
         """
-        network = self.network
-        causal_lm = cast(PreTrainedModel, network.get_base_model() if isinstance(network, PeftModel) else network)
-        # The decoder alone: the causal model would make the logits of the whole row.
-        output = causal_lm.get_decoder()(
+        hidden = self.hidden_states(input_ids, position_ids, segment_plan)
+        return summed_cross_entropy(hidden[0], self.causal_lm.get_output_embeddings(), targets)
+
+    def hidden_states(self, input_ids: Tensor, position_ids: Tensor, segment_plan: SegmentPlan) -> Tensor:
+        """(1, T, D), after the last norm: the decoder alone, for the causal model would make the logits of the row."""
+        is_run_again = self.training and torch.is_grad_enabled()
+        output = self.causal_lm.get_decoder()(
             input_ids=input_ids,
             position_ids=position_ids,
             use_cache=False,
             segment_plan=segment_plan,
             attention_backend=self.attention_backend,
+            kept_outputs=kept_outputs(self.policy, self.layers) if is_run_again else None,
         )
-        return summed_cross_entropy(output.last_hidden_state[0], causal_lm.get_output_embeddings(), targets)
+        return output.last_hidden_state
 
-    def backend_choice(self, device: torch.device | str) -> BackendChoice:
-        """The attention backend that runs on `device`; ValueError if it is a named one that cannot."""
+    @property
+    def is_head_fused(self) -> bool:
+        """Whether output layer and loss run as one kernel."""
+        return fused.can_fuse_head(self.causal_lm.get_output_embeddings(), self.causal_lm.device)
+
+    @property
+    def causal_lm(self) -> PreTrainedModel:
+        """The transformers model inside."""
+        network = self.network
+        return cast(PreTrainedModel, network.get_base_model() if isinstance(network, PeftModel) else network)
+
+    def backend_choice(self, device: torch.device | str, plan: SegmentPlan) -> BackendChoice:
+        """The attention backend for rows like the plan's on `device`; ValueError if it is a named one that cannot."""
         config: PreTrainedConfig = self.network.config
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        return choose_backend(device, cast(torch.dtype, self.network.dtype), head_dim, self.attention_backend)
+        heads = config.num_attention_heads
+        kv_heads = getattr(config, "num_key_value_heads", None) or heads
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+        shape = Shape(torch.device(device), cast(torch.dtype, self.network.dtype), heads, kv_heads, head_dim)
+        return choose_backend(shape, plan, self.attention_backend)
 
 
 def build_base(
@@ -62,10 +91,10 @@ def build_base(
     context_length: int,
     native_length: int | None = None,
     sliding_window: Literal["model"] | None = "model",
-    gradient_checkpointing: bool,
     init_seed: int,
+    fuse: bool = False,
     attention: Literal["s2", "sdpa"] = "s2",
-    device: Literal["cpu", "meta"] = "cpu",
+    device: str = "cpu",
     revision: str | None = None,
 ) -> PreTrainedModel:
     """The base model with its context extended to `context_length` by the `rope` method (see `extend_rope`).
@@ -73,8 +102,9 @@ def build_base(
     From a Hugging Face folder or hub name (safetensors only), or, randomly initialised with `init_seed`, from a
     transformers config with its `model_type`. `native_length` corrects a config whose `max_position_embeddings` is not
     what the model reads (see `extend_rope`). `rope` None keeps the model's positions, which must then reach
-    `context_length`. `sliding_window` None removes the model's window, "model" keeps it. On "meta" nothing is loaded:
-    shapes only.
+    `context_length`. `sliding_window` None removes the model's window, "model" keeps it. `fuse` puts Liger's kernels
+    in where it has them for this family (see `fused.refusal`); they run on a GPU only. Weights are loaded on
+    the CPU; random ones are made on `device`. On "meta" nothing is loaded: shapes only.
     Raises ValueError for a model that cannot be used, with the reason.
     """
     config = _base_config(name_or_path, model_config, revision)
@@ -86,25 +116,27 @@ def build_base(
     if attention == "s2":
         hf.register()
     options = {"dtype": dtype, "attn_implementation": attention}
-    if device == "meta":
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, **options)
-    elif name_or_path is None:
-        with torch.random.fork_rng(devices=[]):
+    if device == "meta" or name_or_path is None:
+        with torch.device(device), torch.random.fork_rng(devices=[]):
             torch.manual_seed(init_seed)
             model = AutoModelForCausalLM.from_config(config, **options)
     else:
         model = _load(name_or_path, config, revision, options)
-    if gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if fuse and fused.refusal(config.model_type, "meta" if device == "meta" else "cuda") is None:
+        fused.fuse(model)
     return model
 
 
 def training_model(
-    base: PreTrainedModel, adapter: dict[str, Any] | None, attention_backend: str = "auto"
+    base: PreTrainedModel, adapter: dict[str, Any] | None, attention_backend: str = "auto", fuse: bool = False
 ) -> LongContextModel:
-    """`base` ready to train: with the adapter that `attach_adapter` makes of these settings, or in full if None."""
+    """`base` ready to train: with the adapter that `attach_adapter` makes of these settings, or in full if None.
+
+    `fuse` makes one function of each frozen layer and its LoRA, where that is possible.
+    """
     network = enable_full_training(base) if adapter is None else attach_adapter(base, **adapter)
+    if fuse:
+        fuse_lora(network)
     # transformers loads models in eval mode, in which layers neither drop out nor recompute their activations.
     return LongContextModel(network, attention_backend).train()
 

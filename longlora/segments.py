@@ -9,10 +9,13 @@ crosses a document, and a document's result does not depend on what it is packed
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import accumulate, groupby
 from typing import NamedTuple
 
 import torch
+
+_ROUND = 128  # tokens
 
 
 class Run(NamedTuple):
@@ -68,6 +71,12 @@ class SegmentPlan:
     def full(self) -> bool:
         """Whether all heads attend inside the same segments."""
         return self.shifted is self.straight
+
+    @cached_property
+    def uniform(self) -> bool:
+        """Whether the row is one document cut into segments of few, round lengths: a kernel's shapes then repeat."""
+        runs = self.straight_runs + self.shifted_runs
+        return len(self.document_lengths) == 1 and all(run.length % _ROUND == 0 for run in runs)
 
     @property
     def straight_segments(self) -> Segments:

@@ -8,6 +8,7 @@ from pipeline.config import Config, ConfigError
 from pipeline.session import uses_gpu
 
 Resources = Mapping[str, float]
+ACCELERATOR = "accelerator_type:"  # and Ray's name of the GPU, as a resource of the node
 
 
 def check_resources(config: Config) -> None:
@@ -22,6 +23,23 @@ def check_resources(config: Config) -> None:
             raise ConfigError(
                 f"workers: each needs {amount:g} {name}, and {reach}; lower the request or add such a node"
             )
+
+
+def check_memory(config: Config) -> None:
+    """Prints what the run will take on the GPUs of this Ray; ConfigError if it fits none of those that are known."""
+    if not uses_gpu(config):
+        return
+    from pipeline.gpus import gpu_of_ray  # these build the model's shapes with transformers
+    from pipeline.plan import make_plan
+    from pipeline.plan_report import plan_line
+
+    names = {name.removeprefix(ACCELERATOR) for node in _nodes() for name in node if name.startswith(ACCELERATOR)}
+    gpus = [gpu for gpu in map(gpu_of_ray, sorted(names)) if gpu is not None]
+    plans = [make_plan(config, gpu, config.workers.min) for gpu in gpus]
+    for plan in plans:
+        print(f"plan: {plan_line(plan)}", flush=True)
+    if plans and not any(plan.fits for plan in plans):
+        raise ConfigError(f"{plans[0].gpu.name}: {plans[0].reason}")
 
 
 def room_for_workers(config: Config) -> int:

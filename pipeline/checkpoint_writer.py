@@ -26,8 +26,8 @@ from upath import UPath
 
 from pipeline import checkpoints
 from pipeline.checkpoints import Files, RunState, tensor_shape
-from pipeline.config import Checkpoint
 from pipeline.optimizer import Fragment, ParameterState
+from pipeline.sections import Checkpoint
 from pipeline.tensor_file import in_order
 
 OFFER_TIMEOUT_S = 1800.0

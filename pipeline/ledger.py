@@ -48,6 +48,12 @@ class StepRecord:
     learning_rate: float = 0.0
     gradient_norm: float = 0.0
     """Before clipping."""
+    operations: float = 0.0
+    """That the step needs, all workers together (see `longlora.flops`)."""
+    peak_bytes: int = 0
+    """Of GPU memory, of the worker that had most; 0 without GPUs."""
+    parts: dict[str, float] = field(default_factory=dict)
+    """Seconds of the first worker, by what they were for."""
 
 
 @dataclass(frozen=True)

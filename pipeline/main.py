@@ -3,6 +3,7 @@
 python pipeline/main.py [COMMAND] [--config FILE] [section.key=value …]
 python pipeline/main.py audit RUN_DIR
 python pipeline/main.py compare [NAME_OR_ID …]
+python pipeline/main.py plan [--gpu NAME] [--sweep KEY=A,B,…]
 """
 
 import argparse
@@ -17,6 +18,7 @@ from pathlib import Path
 ROOT = str(Path(__file__).resolve().parent.parent)
 sys.path[:] = [ROOT, *(entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent)]
 
+from pipeline import plan_command  # noqa: E402
 from pipeline.compare import add_arguments, compare  # noqa: E402
 from pipeline.config import Config, ConfigError, load_config  # noqa: E402
 
@@ -44,6 +46,8 @@ def parser() -> argparse.ArgumentParser:
             stage.add_argument("--json", action="store_true", help="print the findings as JSON and nothing else")
         stage.add_argument("--config", metavar="FILE", help="YAML file (default: configs/quickstart.yaml)")
         stage.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
+    planning = "memory, time and cost of a run before anything is started; exit 1 if it does not fit"
+    plan_command.add_arguments(commands.add_parser("plan", help=planning, description=planning))
     comparing = "runs that MLflow has, side by side: settings that differ, metrics, and a page of plots"
     add_arguments(commands.add_parser("compare", help=comparing, description=comparing))
     generate = commands.add_parser("generate", help="text from a base, adapter or exported model")
@@ -57,7 +61,9 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    if not arguments or (arguments[0] not in (*STAGES, "compare", "generate") and arguments[0] not in ("-h", "--help")):
+    if not arguments or (
+        arguments[0] not in (*STAGES, "plan", "compare", "generate") and arguments[0] not in ("-h", "--help")
+    ):
         arguments.insert(0, "run")
     options = parser().parse_args(arguments)
     _quiet_libraries()
@@ -66,6 +72,8 @@ def main(arguments: list[str] | None = None) -> int:
             _generate(options)
         elif options.command == "compare":
             compare(options)
+        elif options.command == "plan":
+            return plan_command.plan(options)
         elif options.command == "audit":
             return _audit(options)
         else:

@@ -53,20 +53,23 @@ def native_length(config: Config) -> int:
     return config.context.native_length or published_config(config).max_position_embeddings
 
 
-def build_model(config: Config, device: Literal["cpu", "meta"] = "cpu") -> LongContextModel:
-    """The model that trains: base → RoPE → S²-Attn → adapters, as the config says. On "meta" shapes only."""
+def build_model(config: Config, device: Literal["cpu", "meta"] = "cpu", *, fuse: bool = False) -> LongContextModel:
+    """The model that trains: base → RoPE → S²-Attn → adapters, as the config says. On "meta" shapes only.
+
+    `fuse` puts fused operators in, which run on a GPU.
+    """
     adapter = config.adapter
     base = _built(
         config,
         config.context.rope,
         config.context.length,
         config.model.sliding_window,
-        gradient_checkpointing=config.model.gradient_checkpointing,
         attention="s2",
         device=device,
+        fuse=fuse,
     )
     settings = adapter.model_dump(exclude={"kind", "lora_b_lr_ratio"})
-    return training_model(base, settings if adapter.kind == "lora" else None, config.attention.backend)
+    return training_model(base, settings if adapter.kind == "lora" else None, config.attention.backend, fuse)
 
 
 def scaling_note(config: Config) -> str:
@@ -135,8 +138,8 @@ def _built(
     length: int,
     sliding_window: Literal["model"] | None,
     *,
-    gradient_checkpointing: bool = False,
     attention: Literal["s2", "sdpa"] = "sdpa",
+    fuse: bool = False,
     device: Literal["cpu", "meta"] = "cpu",
 ) -> PreTrainedModel:
     model = config.model
@@ -148,10 +151,10 @@ def _built(
         context_length=length,
         native_length=config.context.native_length,
         sliding_window=sliding_window,
-        gradient_checkpointing=gradient_checkpointing,
         init_seed=config.run.seed,
         attention=attention,
         device=device,
+        fuse=fuse,
         revision=model.revision,
     )
 

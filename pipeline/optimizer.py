@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from longlora.adapters import parameter_groups
-from pipeline.config import Config, Optimization
+from pipeline.config import Config
+from pipeline.sections import Optimization
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 DECAYED = {"lora_a", "lora_b", "weights"}

@@ -50,7 +50,8 @@ def _show(run_log: Any, finished: threading.Event) -> None:
             status: Status = ray.get(run_log.status.remote())
             if status.attempt > attempt:
                 attempt = status.attempt
-                display.console.print(f"attention: {status.attention}", soft_wrap=True, highlight=False)
+                for key, value in status.setup.items():
+                    display.console.print(f"{key}: {value}", soft_wrap=True, highlight=False)
             for message in status.messages[told:]:
                 display.console.print(message, soft_wrap=True, highlight=False, markup=False)
             told = len(status.messages)

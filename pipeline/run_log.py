@@ -22,6 +22,9 @@ Files = dict[str, dict[str, int | str]]  # as in checkpoints.py, whose torch wou
 RATE_WINDOW = 10  # steps over which tokens/s and the remaining time are estimated
 
 
+SETUP = ("attention", "activations", "fused")
+
+
 @dataclass
 class Status:
     """What the status line shows. Times in seconds."""
@@ -35,8 +38,8 @@ class Status:
     world_size: int = 0
     remaining_s: float | None = None
     attempt: int = 0
-    attention: str = ""
-    """The attention backend, and why those preferred to it do not run."""
+    setup: dict[str, str] = field(default_factory=dict)
+    """How the workers compute: the attention backend and why not another, activations kept, fused operators."""
     error: str = ""
     """One line if the run must end: a mistake in config or data, or no memory, which trying again would not mend."""
     messages: list[str] = field(default_factory=list)
@@ -84,7 +87,7 @@ class RunLog:
         self._recent.clear()
         status = self.status_now
         status.phase, status.step, status.world_size, status.attempt = TRAINING, step, world_size, attempt
-        status.attention = details["attention"]
+        status.setup = {key: details[key] for key in SETUP if key in details}
         return attempt
 
     def step(self, attempt: int, record: StepRecord) -> None:
@@ -179,6 +182,10 @@ class RunLog:
                 f"{details['cause']} after {self.status_now.step} steps: workers start anew"
             )
         self.event(event, self.status_now.step, details)
+
+    def say(self, line: str) -> None:
+        """A line for the user."""
+        self.status_now.messages.append(line)
 
     def noticed(self, details: dict[str, Any]) -> None:
         """A worker's machine is about to be taken away: the workers save the step that they are in."""

@@ -40,6 +40,7 @@ class RunMetrics:
         self._attempts, self._drivers, self._world_size = 0, 0, 0
         self._disturbances: Counter[str] = Counter()
         self._began: float | None = None
+        self._peak_rate: float | None = None  # operations a second of a worker's GPU
         self._sampled: dict[str, int] = {}  # position of the last sample of each node
 
     def take(self, attempt: int, line: StepRecord | Event) -> list[Point]:
@@ -53,6 +54,7 @@ class RunMetrics:
             return self._system(line, self._began)
         if line.event == "start":
             self._attempts, self._world_size, self.status = attempt, line.details["world_size"], "RUNNING"
+            self._peak_rate = line.details.get("peak_rate")
             for use, packs in line.details.get("packs", {}).items():  # missing in ledgers of earlier versions
                 self.packs[use, packs["fingerprint"]] = packs
         elif line.event == "end":
@@ -76,6 +78,18 @@ class RunMetrics:
             "longlora.world_size": str(self._world_size),
         }
 
+    def _performance(self, record: StepRecord) -> dict[str, float]:
+        """What ledgers of earlier versions, and machines without a GPU, do not have is left out."""
+        rate = record.operations / record.seconds / record.world_size
+        told = {f"train/seconds_{part}": seconds for part, seconds in record.parts.items()}
+        if rate:
+            told["train/tflops_per_worker"] = rate / 1e12
+        if rate and self._peak_rate:
+            told["train/mfu"] = rate / self._peak_rate
+        if record.peak_bytes:
+            told["train/peak_memory_gib"] = record.peak_bytes / 2**30
+        return told
+
     def _step(self, attempt: int, record: StepRecord) -> list[Point]:
         self._world_size = record.world_size
         if record.step < self._next_step:
@@ -89,7 +103,7 @@ class RunMetrics:
             "train/world_size": record.world_size,
         }
         # How disturbed the run was when the step was trained: a staircase beside the loss.
-        run = {"run/disturbances": self._disturbances.total(), "run/attempt": attempt}
+        run = {"run/disturbances": self._disturbances.total(), "run/attempt": attempt, **self._performance(record)}
         tokens = (record.step + 1) * self._tokens_per_step
         return _points(trained | run, record.step, record.time) + _points(trained, tokens, record.time, "_by_tokens")
 

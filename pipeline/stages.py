@@ -82,6 +82,7 @@ def _prepare_and_train(config: Config, folder: UPath, train: bool) -> None:
         from pipeline import capacity, train_driver
 
         capacity.check_resources(config)
+        capacity.check_memory(config)
         train_driver.train(config, folder, prepare(config, wanted))
 
 

@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import ray
@@ -9,7 +10,9 @@ import torch
 import torch.distributed as dist
 from upath import UPath
 
+from longlora.segments import plan_segments
 from pipeline import checkpoints
+from pipeline.activation_policy import agreed_policy, fusion_told, may_fuse
 from pipeline.assignment import Assignment, CheckpointRequest, FinalError
 from pipeline.checkpoint_writer import CheckpointWriter
 from pipeline.checkpoints import RunState
@@ -17,10 +20,12 @@ from pipeline.config import Config, parse_config
 from pipeline.engine import TrainingEngine, partitioned_loading
 from pipeline.feed import Feed, MicroBatch, collate
 from pipeline.ledger import StepRecord, token_hash
+from pipeline.meter import Meter, peak_rate
 from pipeline.models import build_model
 from pipeline.optimizer import build_optimizer, learning_rate
 from pipeline.order import positions_of_step, sequences_at, share
 from pipeline.packs import Packs
+from pipeline.profile_steps import StepProfiler
 from pipeline.system_metrics import sampling
 
 HOLD_S = 60.0
@@ -47,6 +52,7 @@ def train_from(step: int, run: "Worker") -> None:
         record = run.train_step(step)
         step += 1
         run.tell("step", run.attempt, record)
+        run.profiler.step()
         if run.is_due(config.evaluation.every_steps, step):
             run.evaluate(step)
         end = run.asked.end
@@ -76,11 +82,18 @@ class Worker:
         torch.manual_seed(config.run.seed)
         # Held until the engine has the model: transformers looks for it while it loads.
         partitioning = partitioned_loading(config)
-        model = build_model(config)
+        model = build_model(config, fuse=may_fuse(config))
         self.engine = TrainingEngine(model, build_optimizer(model, config), config)
         del partitioning
         self.network = self.engine.model.network
-        self.attention = self.engine.model.backend_choice(self.engine.device)
+        row = plan_segments([config.context.length], config.attention.group_size)
+        self.engine.model.follow(agreed_policy(config, self.engine.model))
+        self.setup = {
+            "attention": str(self.engine.model.backend_choice(self.engine.device, row)),
+            "activations": str(self.engine.model.policy),
+            "fused": fusion_told(config, self.engine.model),
+        }
+        self.meter = Meter(self.engine.model, self.engine.device)
         self.packs = Packs.open(UPath(assignment.train_packs))
         self.feed = Feed(
             self.packs,
@@ -116,27 +129,36 @@ class Worker:
         if self.rank == 0:
             details = {
                 "checkpoint": folder.name if folder else None,
-                "attention": str(self.attention),
+                **self.setup,
+                "peak_rate": peak_rate(self.engine.device),
                 "discarded": discarded,
                 "packs": self._packs_told(),
             }
             started = [ray.get(self.assignment.run_log.start_attempt.remote(self.world_size, step, details))]
         dist.broadcast_object_list(started)
         self.attempt = started[0]
+        traced = self.config.run.profile if self.rank == 0 else 0
+        self.profiler = StepProfiler(self.folder, self.attempt, traced, partial(self.tell, "say"))
         return step
 
     def train_step(self, step: int) -> StepRecord:
         """One optimizer step over the sequences of `step`, whatever this worker's share of them is."""
         config, start = self.config, time.perf_counter()
         self.writer.check()
-        batches = self.feed.step(step)
+        with self.meter.part("feed"):
+            batches = self.feed.step(step)
         positions = positions_of_step(step, config.optimization.global_batch)
         sequences = sequences_at(positions, config.run.seed, self.packs.count)
         target_tokens = sum(self.packs.target_tokens(sequence) for sequence in sequences)
-        result = self.engine.accumulate(batches, group_size_at(step, config), target_tokens)
-        trained = self._gather(batches, result.losses)
+        group_size = group_size_at(step, config)
+        with self.meter.part("gradients"):
+            result = self.engine.accumulate(batches, group_size, target_tokens)
+        with self.meter.part("agreement"):
+            trained = self._gather(batches, result.losses, group_size)
         rate = learning_rate(step, config.optimization)
-        self.engine.apply(rate)
+        with self.meter.part("update"):
+            self.engine.apply(rate)
+            gradient_norm = self.engine.gradient_norm
         return StepRecord(
             step=step,
             world_size=self.world_size,
@@ -149,7 +171,10 @@ class Worker:
             tokens=trained.tokens,
             seconds=time.perf_counter() - start,
             learning_rate=rate,
-            gradient_norm=self.engine.gradient_norm,
+            gradient_norm=gradient_norm,
+            operations=trained.operations,
+            peak_bytes=trained.peak_bytes,
+            parts=self.meter.parts(),
         )
 
     def evaluate(self, step: int) -> None:
@@ -196,6 +221,7 @@ class Worker:
         return every_steps is not None and (step % every_steps == 0 or step == self.config.optimization.steps)
 
     def close(self) -> None:
+        self.profiler.close()
         self.tell("workers_ended", self.attempt)
         self.writer.wait()
         self.feed.close()
@@ -220,17 +246,20 @@ class Worker:
         mine = share(count, self.world_size, self.rank)
         return [collate([packs.row(s)], [s], [s]) for s in mine]
 
-    def _gather(self, batches: list[MicroBatch], losses: list[float]) -> "Trained":
+    def _gather(self, batches: list[MicroBatch], losses: list[float], group_size: int | None) -> "Trained":
         """All ranks' sequences, hashes and losses in position order; FinalError names sequences with a bad loss.
 
         All ranks learn here whether a checkpoint is asked for: they save the same step.
         """
         request = ray.get(self.assignment.run_log.request.remote()) if self.rank == 0 else None
+        operations = self.meter.operations(batches, group_size)
         mine = (
             [s for batch in batches for s in batch.sequences],
             [h for batch in batches for h in batch.hashes()],
             losses,
             sum(batch.input_ids.numel() for batch in batches),
+            operations,
+            self.meter.peak_bytes(),
             request,
         )
         everyone: list[Any] = [None] * self.world_size
@@ -241,6 +270,8 @@ class Worker:
             hashes=[h for part in everyone for h in part[1]],
             loss=sum(loss for part in everyone for loss in part[2]),
             tokens=sum(part[3] for part in everyone),
+            operations=sum(part[4] for part in everyone),
+            peak_bytes=max(part[5] for part in everyone),
         )
         if not abs(trained.loss) < float("inf"):
             bad = [part[0] for part in everyone if not abs(sum(part[2])) < float("inf")]
@@ -260,3 +291,6 @@ class Trained:
     loss: float
     """Summed over all target tokens, nats."""
     tokens: int
+    operations: float
+    peak_bytes: int
+    """Of the worker that had most."""

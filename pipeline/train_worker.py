@@ -36,7 +36,7 @@ def final_reason(error: Exception) -> str:
     if isinstance(error, torch.OutOfMemoryError):
         return (
             f"out of GPU memory: {text[:160]}; lower optimization.micro_batch or context.length, "
-            "or set model.gradient_checkpointing: true"
+            "or set model.activations: recompute"
         )
     if storage_error(error):
         return storage_error(error)

@@ -3,51 +3,13 @@
 Two block-diagonal causal attentions, one for each half of the query heads: no roll, no padding, no wrap-around.
 """
 
-from dataclasses import dataclass
-
 import torch
 
-from longlora.attention import flash, sdpa, varlen
-from longlora.attention._function import Backend, SegmentedAttention
+from longlora.attention._function import KeptOutput, SegmentedAttention
+from longlora.attention.selection import BackendChoice, Shape, available_backends, choose_backend
 from longlora.segments import SegmentPlan
 
-__all__ = ["BackendChoice", "available_backends", "choose_backend", "s2_attention"]
-
-# In order of preference: flash-attn copies nothing, torch's variable lengths copy each result once, SDPA runs anywhere.
-_BACKENDS: dict[str, Backend] = {"flash": flash, "varlen": varlen, "sdpa": sdpa}
-
-
-@dataclass(frozen=True)
-class BackendChoice:
-    """The backend that runs, and why those preferred to it do not."""
-
-    name: str
-    refused: dict[str, str]
-
-    def __str__(self) -> str:
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in self.refused.items())
-        return f"{self.name} ({reasons})" if reasons else self.name
-
-
-def available_backends(device: torch.device | str, dtype: torch.dtype, head_dim: int) -> dict[str, str | None]:
-    """Each backend, in order of preference, and why it cannot run there (None: it can)."""
-    return {name: backend.refusal(torch.device(device), dtype, head_dim) for name, backend in _BACKENDS.items()}
-
-
-def choose_backend(
-    device: torch.device | str, dtype: torch.dtype, head_dim: int, backend: str = "auto"
-) -> BackendChoice:
-    """The first backend that can run there, or ``backend`` itself; ValueError where that one cannot run."""
-    if backend != "auto" and backend not in _BACKENDS:
-        raise ValueError(f"attention backend is {backend!r}: it must be auto, {', '.join(_BACKENDS)}")
-    refused: dict[str, str] = {}
-    for name, reason in available_backends(device, dtype, head_dim).items():
-        if backend not in ("auto", name):
-            continue
-        if reason is None:
-            return BackendChoice(name, refused)
-        refused[name] = reason
-    raise ValueError(f"attention backend {backend!r} cannot run here: {refused[backend]}")
+__all__ = ["BackendChoice", "KeptOutput", "Shape", "available_backends", "choose_backend", "s2_attention"]
 
 
 def s2_attention(
@@ -57,21 +19,21 @@ def s2_attention(
     plan: SegmentPlan,
     scale: float | None = None,
     backend: str = "auto",
+    kept: KeptOutput | None = None,
 ) -> torch.Tensor:
     """Causal attention inside the plan's segments: straight for the first ⌊H/2⌋ query heads, shifted for the others.
 
     q (T, H, d); k, v (T, Hkv, d), Hkv dividing H; one floating type, which autocast may lower as it does for torch's
-    own attention. ``scale`` is d^-½ unless given. Returns (T, H, d), contiguous. Differentiable once.
+    own attention. ``scale`` is d^-½ unless given. ``kept`` spares the second attention where the layer is recomputed
+    (see `KeptOutput`). Returns (T, H, d), contiguous. Differentiable once.
     Raises ValueError for shapes that do not fit each other or the plan, and for a backend that cannot run here.
     """
     _check(q, k, v, plan)
-    if torch.is_autocast_enabled(q.device.type):
+    if q.device.type != "meta" and torch.is_autocast_enabled(q.device.type):
         q, k, v = (t.to(torch.get_autocast_dtype(q.device.type)) for t in (q, k, v))
     q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))  # kernels read whole head vectors
-    chosen = choose_backend(q.device, q.dtype, q.shape[2], backend)
-    return SegmentedAttention.apply(
-        q, k, v, plan, q.shape[2] ** -0.5 if scale is None else scale, _BACKENDS[chosen.name]
-    )
+    chosen = choose_backend(Shape.of(q, k), plan, backend).module
+    return SegmentedAttention.apply(q, k, v, plan, q.shape[2] ** -0.5 if scale is None else scale, chosen, kept)
 
 
 def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: SegmentPlan) -> None:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch.autograd.function import once_differentiable
 
+from longlora.attention._runs import copy_rows
 from longlora.segments import SegmentPlan, Segments
 
 
@@ -49,6 +50,14 @@ class SplitGradient:
 
 
 Destination = torch.Tensor | SplitGradient
+
+
+def write(gradient: torch.Tensor, destination: Destination, tokens: slice) -> None:
+    """Writes the gradient of a range of tokens, (n, heads, d), to where it belongs."""
+    if isinstance(destination, torch.Tensor):
+        copy_rows(gradient, destination[tokens])
+    else:
+        destination[tokens] = gradient
 
 
 class Backend(Protocol):
@@ -101,8 +110,27 @@ def _blocks(first: int, last: int, per_kv_head: int, segments: Segments) -> Iter
         first = end
 
 
+class KeptOutput:
+    """One layer's attention output, kept for the recomputation of that layer, which then does not attend again.
+
+    A layer under activation checkpointing runs twice: the first run leaves output and log-sum-exp here, the second
+    takes them. It costs H·d + 2·H numbers a token and saves the attention, whose cost grows with the segment length.
+    """
+
+    def __init__(self) -> None:
+        self._results: tuple[torch.Tensor, list[tuple[torch.Tensor, ...]]] | None = None
+
+    def take(self) -> tuple[torch.Tensor, list[tuple[torch.Tensor, ...]]] | None:
+        results, self._results = self._results, None
+        return results
+
+    def put(self, out: torch.Tensor, states: list[tuple[torch.Tensor, ...]]) -> None:
+        # Detached: the output itself would hold the first run's graph.
+        self._results = out.detach(), states
+
+
 class SegmentedAttention(torch.autograd.Function):
-    """``apply(q, k, v, plan, scale, backend)`` → (T, H, d): causal attention inside the plan's segments."""
+    """``apply(q, k, v, plan, scale, backend, kept)`` → (T, H, d): causal attention inside the plan's segments."""
 
     @staticmethod
     def forward(
@@ -113,13 +141,16 @@ class SegmentedAttention(torch.autograd.Function):
         plan: SegmentPlan,
         scale: float,
         backend: Backend,
+        kept: KeptOutput | None,
     ) -> torch.Tensor:
         ctx.scale, ctx.backend = scale, backend
         ctx.blocks = head_blocks(plan, q.shape[1], k.shape[1])
-        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        states = []
-        for query, kv, segments in ctx.blocks:
-            states.append(backend.forward(q[:, query], k[:, kv], v[:, kv], segments, scale, out[:, query]))
+        results = kept.take() if kept is not None else None
+        if results is None:
+            results = _attend(q, k, v, ctx.blocks, scale, backend)
+            if kept is not None:
+                kept.put(*results)
+        out, states = results
         ctx.state_sizes = [len(state) for state in states]
         ctx.save_for_backward(q, k, v, out, *chain.from_iterable(states))
         return out
@@ -143,4 +174,16 @@ class SegmentedAttention(torch.autograd.Function):
             )  # fmt: skip
         for gradient in split:
             gradient.add_up()
-        return dq, dk, dv, None, None, None
+        return dq, dk, dv, None, None, None, None
+
+
+def _attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, blocks: list[HeadBlock], scale: float, backend: Backend
+) -> tuple[torch.Tensor, list[tuple[torch.Tensor, ...]]]:
+    """The output (T, H, d), and for each block what the backward pass needs besides."""
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    states = [
+        backend.forward(q[:, query], k[:, kv], v[:, kv], segments, scale, out[:, query])
+        for query, kv, segments in blocks
+    ]
+    return out, states

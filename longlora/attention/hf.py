@@ -7,12 +7,13 @@
 A row of documents is one sequence, batch size 1: input_ids (1, T), position_ids (1, T) restarting at each document.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from transformers import AttentionInterface
 
-from longlora.attention import s2_attention
+from longlora.attention import KeptOutput, s2_attention
 from longlora.segments import SegmentPlan
 
 NAME = "s2"
@@ -47,10 +48,13 @@ def segment_attention(
     *,
     segment_plan: SegmentPlan | None = None,
     attention_backend: str = "auto",
+    kept_outputs: Mapping[int, KeptOutput] | None = None,
     scaling: float | None = None,
     **keywords: Any,
 ) -> tuple[torch.Tensor, None]:
     """query (1, H, T, d), key and value (1, Hkv, T, d), RoPE applied → (1, T, H, d), and no attention weights.
+
+    ``kept_outputs``: by the number of a layer that will be recomputed, where it leaves its output (see `KeptOutput`).
 
     Raises ValueError, in one line, where the call asks for what segments do not do: a mask, a key-value cache,
     dropout, a window that a document outgrows, or any keyword that is not known to be harmless (softcap, sinks).
@@ -70,8 +74,10 @@ def segment_attention(
             "key-value cache; generate with 'sdpa'"
         )
     refuse_unhandled(segment_plan, keywords)
-    q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
-    return s2_attention(q, k, v, segment_plan, scaling, attention_backend).unsqueeze(0), None
+    # squeeze, whose gradient is a view; that of an index would be a tensor of zeros and a copy into it.
+    q, k, v = (t.squeeze(0).transpose(0, 1) for t in (query, key, value))
+    kept = kept_outputs.get(module.layer_idx) if kept_outputs else None  # type: ignore[call-overload]
+    return s2_attention(q, k, v, segment_plan, scaling, attention_backend, kept).unsqueeze(0), None
 
 
 def refuse_unhandled(plan: SegmentPlan, keywords: dict[str, Any]) -> None:

@@ -10,7 +10,8 @@ import torch
 from torch.nn.attention import varlen
 
 from longlora.attention._cuda import kernel_refusal
-from longlora.attention._function import Destination
+from longlora.attention._function import Destination, write
+from longlora.attention._runs import copy_rows
 from longlora.segments import Segments
 
 
@@ -32,7 +33,7 @@ def forward(
         scale=scale,
         **_kernel(q, k, v, segments),
     )
-    out.copy_(attended)
+    copy_rows(attended, out)
     return log_sum_exp, random_state
 
 
@@ -59,7 +60,7 @@ def backward(
         **_kernel(q, k, v, segments),
     )
     for destination, gradient in zip((dq, dk, dv), gradients, strict=True):
-        destination[0 : len(q)] = gradient
+        write(gradient, destination, slice(0, len(q)))
 
 
 def _call(operator: Any, segments: Segments, **arguments: Any) -> tuple[torch.Tensor, ...]:

@@ -103,7 +103,7 @@ def make_run(tmp_path: Path) -> Iterator[Callable[..., Run]]:
                 "architecture": TINY,
                 "tokenizer": "examples/tiny-llama",
                 "dtype": "float32",
-                "gradient_checkpointing": False,
+                "activations": "keep",
             },
             "context": {"length": 128},
             "attention": {"group_size": 32, "full_last": 0.25},

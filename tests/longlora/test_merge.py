@@ -31,7 +31,6 @@ def built(name_or_path: str | None, config: dict | None, rope: str | None, lengt
         dtype=torch.float32,
         rope=rope,
         context_length=length,
-        gradient_checkpointing=False,
         init_seed=0,
         attention="sdpa",
     ).eval()

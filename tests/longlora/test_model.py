@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from longlora.activations import ActivationPolicy
 from longlora.adapters import trainable_report
 from longlora.model import LongContextModel, build_base, check_supported, check_vocabulary, training_model
 from longlora.segments import plan_segments
@@ -50,7 +51,6 @@ def base(family: str = "llama", **changes: object) -> PreTrainedModel:
         "dtype": torch.float32,
         "rope": "linear",
         "context_length": TARGET,
-        "gradient_checkpointing": False,
         "init_seed": 0,
     }
     return build_base(None, {"model_type": family} | FAMILIES[family], **settings | changes)
@@ -125,33 +125,13 @@ def test_a_documents_loss_does_not_depend_on_what_it_is_packed_with():
     torch.testing.assert_close(model(*row(), plan_segments(LENGTHS, 4)), sum(alone), rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("embeddings", [True, False])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_gradient_checkpointing_changes_nothing_but_memory(family, embeddings):
-    adapter = LORA | {"train_embeddings": embeddings, "train_norms": embeddings}
-    torch.manual_seed(0)
-    plain = train_all_of(training_model(base(family), adapter))
-    torch.manual_seed(0)
-    checkpointed = train_all_of(training_model(base(family, gradient_checkpointing=True), adapter))
-    kept = []
-    plan = plan_segments(LENGTHS, 4)
-    for model in (plain, checkpointed):
-        elements: list[int] = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t, e=elements: e.append(t.numel()) or t, lambda t: t):
-            loss = model(*row(), plan)
-        kept.append((sum(elements), loss, gradients(model, loss)))
-    (plain_kept, loss, wanted), (checkpointed_kept, again, ours) = kept
-    assert checkpointed_kept < plain_kept / 2
-    assert torch.equal(loss, again)
-    assert all(torch.equal(ours[name], wanted[name]) for name in wanted)
-
-
 @pytest.mark.parametrize("adapter", [LORA, None], ids=["lora", "full"])
 def test_a_loaded_model_recomputes_its_layers(tmp_path, adapter):
     """transformers loads models in eval mode, in which it keeps all activations whatever it was asked."""
     base(rope=None, context_length=NATIVE).save_pretrained(tmp_path)
     settings = {"dtype": torch.float32, "rope": "linear", "context_length": TARGET, "init_seed": 0}
-    model = training_model(build_base(str(tmp_path), None, gradient_checkpointing=True, **settings), adapter)
+    model = training_model(build_base(str(tmp_path), None, **settings), adapter)
+    model.follow(ActivationPolicy(kept=0))
     layer = next(module for name, module in model.named_modules() if name.endswith("layers.0.mlp"))
     calls = []
     layer.register_forward_pre_hook(lambda *_: calls.append(1))  # before: recomputing ends with what it needs
@@ -175,7 +155,6 @@ def test_a_folder_is_loaded_extended_and_saved_without_traces(tmp_path):
         dtype=torch.bfloat16,
         rope="yarn",
         context_length=TARGET,
-        gradient_checkpointing=True,
         init_seed=0,
     )
     assert model.dtype == torch.bfloat16
@@ -215,7 +194,6 @@ def test_large_models_build_on_the_meta_device(config, length, parameters, by_gr
         dtype=torch.bfloat16,
         rope="linear",
         context_length=length,
-        gradient_checkpointing=True,
         init_seed=0,
         device="meta",
     )
@@ -263,7 +241,6 @@ def mistral(window: int | None, sliding_window: str | None) -> PreTrainedModel:
         rope="linear",
         context_length=TARGET,
         sliding_window=sliding_window,
-        gradient_checkpointing=False,
         init_seed=0,
     )
 
@@ -281,7 +258,7 @@ def test_a_scaled_model_that_kept_its_old_length_is_extended_from_the_length_tha
     scaled = FAMILIES["llama"] | {"max_position_embeddings": NATIVE // 2}
     scaled |= {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}}
     settings = {"dtype": torch.float32, "rope": "linear", "context_length": TARGET, "init_seed": 0}
-    settings |= {"gradient_checkpointing": False, "device": "meta"}
+    settings |= {"device": "meta"}
     model = build_base(None, {"model_type": "llama"} | scaled, native_length=NATIVE, **settings)
     assert model.config.max_position_embeddings == TARGET
     assert model.config.rope_parameters["factor"] == 2 * TARGET / NATIVE
@@ -291,7 +268,7 @@ def test_removing_the_window_makes_every_layer_attend_in_full():
     windowed = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
     config = {"model_type": "qwen2"} | FAMILIES["qwen2"] | windowed
     options = {"dtype": torch.float32, "rope": None, "context_length": NATIVE, "init_seed": 0}
-    model = build_base(None, config, **options, sliding_window=None, gradient_checkpointing=False)
+    model = build_base(None, config, **options, sliding_window=None)
     assert model.config.layer_types == ["full_attention"] * 2 and not model.config.use_sliding_window
     lengths = [NATIVE]
     loss = LongContextModel(model)(*row(lengths), plan_segments(lengths, None))
@@ -308,7 +285,7 @@ def test_the_tokenizer_must_fit_the_embeddings():
 
 def from_folder(folder: object) -> PreTrainedModel:
     options = {"dtype": torch.float32, "rope": None, "context_length": NATIVE, "init_seed": 0}
-    return build_base(str(folder), None, **options, gradient_checkpointing=False)
+    return build_base(str(folder), None, **options)
 
 
 def test_a_folder_that_lacks_weights_is_refused(tmp_path):
@@ -346,7 +323,6 @@ def test_bad_input_is_refused_in_one_line(name_or_path, config, changes, reason)
         "dtype": torch.float32,
         "rope": "linear",
         "context_length": TARGET,
-        "gradient_checkpointing": False,
         "init_seed": 0,
     }
     with pytest.raises(ValueError, match=reason) as caught:
@@ -356,12 +332,12 @@ def test_bad_input_is_refused_in_one_line(name_or_path, config, changes, reason)
 
 def test_the_attention_backend_is_the_one_asked_for():
     model = training_model(base(), LORA, "sdpa")
-    assert model.backend_choice("cpu").name == "sdpa"
+    plan = plan_segments(LENGTHS, 4)
+    assert model.backend_choice("cpu", plan).name == "sdpa"
     wanted = training_model(base(), LORA)
     wanted.load_state_dict(model.state_dict())
-    plan = plan_segments(LENGTHS, 4)
     assert torch.equal(model(*row(), plan), wanted(*row(), plan))
     with pytest.raises(ValueError, match="'varlen' cannot run here: needs a CUDA device, not cpu"):
         training_model(base(), LORA, "varlen")(*row(), plan)
     with pytest.raises(ValueError, match="'varlen' cannot run here"):
-        training_model(base(), LORA, "varlen").backend_choice("cpu")
+        training_model(base(), LORA, "varlen").backend_choice("cpu", plan)

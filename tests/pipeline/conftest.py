@@ -100,7 +100,7 @@ def make_run(tmp_path: Path, tiny_base: Path) -> MakeRun:
             (held_out / f"book-{n}.txt").write_text(_text(words, n))
         values: dict[str, dict[str, object]] = {
             "run": {"name": "tiny", "storage": storage or str(tmp_path / "runs")},
-            "model": {"base": str(tiny_base), "dtype": "float32", "gradient_checkpointing": False},
+            "model": {"base": str(tiny_base), "dtype": "float32", "activations": "keep"},
             "context": {"length": EXTENDED},
             "attention": {"group_size": 128},
             "adapter": {"kind": kind},
@@ -125,7 +125,6 @@ def save_checkpoint(config: Config, run_folder: UPath, step: int) -> UPath:
         dtype=torch.float32,
         rope=config.context.rope,
         context_length=config.context.length,
-        gradient_checkpointing=False,
         init_seed=config.run.seed,
     )
     settings = config.adapter.model_dump(exclude={"kind", "lora_b_lr_ratio"})

@@ -17,8 +17,8 @@ from upath import UPath
 from pipeline import checkpoint_writer, checkpoints
 from pipeline.checkpoint_writer import CheckpointWriter
 from pipeline.checkpoints import RunState
-from pipeline.config import Checkpoint
 from pipeline.optimizer import Fragment, ParameterState
+from pipeline.sections import Checkpoint
 
 SETTINGS = Checkpoint(keep_last=2, keep_best=0)
 

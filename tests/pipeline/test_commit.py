@@ -29,8 +29,9 @@ from upath import UPath
 from pipeline import checkpoint_writer, checkpoints, storage
 from pipeline.checkpoint_writer import CheckpointWriter, parts
 from pipeline.checkpoints import RunState
-from pipeline.config import REPOSITORY, Checkpoint
+from pipeline.config import REPOSITORY
 from pipeline.optimizer import Fragment, ParameterState
+from pipeline.sections import Checkpoint
 
 WORLD = 2
 KEEP = Checkpoint(keep_last=1, keep_best=0)  # each commit deletes what was committed before it

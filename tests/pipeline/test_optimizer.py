@@ -1,7 +1,7 @@
 import pytest
 
-from pipeline.config import Optimization
 from pipeline.optimizer import learning_rate
+from pipeline.sections import Optimization
 
 
 def settings(**values: object) -> Optimization:

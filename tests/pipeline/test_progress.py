@@ -30,8 +30,11 @@ def test_without_a_terminal_it_prints_plain_lines(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     """The backend once, then a line for each change, and the last state at the end."""
-    states = [Status(steps=4), Status("training", 1, 4, attempt=1, attention="sdpa (varlen: needs a CUDA device)")]
-    states += [states[1], Status("training", 4, 4, attempt=1, attention="sdpa")]
+    states = [
+        Status(steps=4),
+        Status("training", 1, 4, attempt=1, setup={"attention": "sdpa (varlen: needs a CUDA device)"}),
+    ]
+    states += [states[1], Status("training", 4, 4, attempt=1, setup={"attention": "sdpa"})]
     finished = threading.Event()
     ask = SimpleNamespace(remote=lambda: states.pop(0))
     monkeypatch.setattr("pipeline.progress.PLAIN_INTERVAL_S", 0.01)

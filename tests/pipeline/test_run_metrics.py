@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 from pipeline.ledger import Event, StepRecord
 from pipeline.run_metrics import Point, RunMetrics, goodput_so_far
 
@@ -39,6 +41,20 @@ def test_a_step_has_these_metrics_against_steps_and_tokens() -> None:
         Point("run/attempt", 3, 1, 13.0),
         *(Point(f"{name}_by_tokens", 800, value, 13.0) for name, value in trained.items()),
     ]
+
+
+def test_performance_of_a_step() -> None:
+    """Operations of both workers over time and workers; MFU where the GPU's rate is known."""
+    measured = replace(record(0), operations=16e12, peak_bytes=3 * 2**30, parts={"feed": 0.25, "gradients": 3.5})
+    for details, mfu in (({}, {}), ({"peak_rate": None}, {}), ({"peak_rate": 8e12}, {"train/mfu": 0.25})):
+        metrics = RunMetrics(tokens_per_step=200)
+        metrics.take(1, Event("start", 0, details={"world_size": 2, **details}))
+        points = {point.metric: point.value for point in metrics.take(1, measured)}
+        told = {"train/tflops_per_worker": 2.0, "train/peak_memory_gib": 3.0, **mfu}
+        told |= {"train/seconds_feed": 0.25, "train/seconds_gradients": 3.5}
+        assert told.items() <= points.items()
+        assert ("train/mfu" in points) == bool(mfu)
+        assert not any(name.startswith(("train/mfu", "train/seconds")) and "by_tokens" in name for name in points)
 
 
 def test_the_first_record_of_a_step_counts() -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from longlora.attention import available_backends, choose_backend, s2_attention
+from longlora.attention import Shape, available_backends, choose_backend, s2_attention
 from longlora.segments import plan_segments
 
 DOCUMENTS = [5, 9, 3, 13]
@@ -59,8 +59,11 @@ def test_accepts_vectors_that_are_not_contiguous_and_lowers_under_autocast() -> 
     torch.testing.assert_close(lowered.float(), wanted, rtol=0.02, atol=0.02)
 
 
+CPU = Shape(torch.device("cpu"), torch.float32, 4, 2, 64)
+
+
 def test_the_choice_of_a_backend_says_why_others_were_refused() -> None:
-    choice = choose_backend("cpu", torch.float32, 64)
+    choice = choose_backend(CPU, plan_segments(DOCUMENTS, 4))
     assert choice.name == "sdpa"
     assert choice.refused["varlen"] == "needs a CUDA device, not cpu"
     assert str(choice).startswith("sdpa (flash: ")
@@ -70,10 +73,10 @@ def test_the_choice_of_a_backend_says_why_others_were_refused() -> None:
 
 
 def test_a_backend_asked_for_by_name_runs_or_says_why_not() -> None:
-    assert choose_backend("cpu", torch.float32, 64, "sdpa").refused == {}
+    assert choose_backend(CPU, plan_segments(DOCUMENTS, 4), "sdpa").refused == {}
     with pytest.raises(ValueError, match=r"^attention backend 'varlen' cannot run here: needs a CUDA device, not cpu$"):
         s2_attention(*row(), plan_segments(DOCUMENTS, 4), backend="varlen")
-    with pytest.raises(ValueError, match=r"^attention backend is 'fast': it must be auto, flash, varlen, sdpa$"):
+    with pytest.raises(ValueError, match=r"^attention backend is 'fast': it must be auto, flash, cudnn, varlen, sdpa$"):
         s2_attention(*row(), plan_segments(DOCUMENTS, 4), backend="fast")
 
 

@@ -80,7 +80,7 @@ def test_equals_reference(backend: Backend, heads: int, kv_heads: int, dtype: to
     """The root-mean-square error of output and gradients is at most twice that of torch's own masked attention."""
     plan = plan_segments(random_documents(seed=heads), GROUP_SIZE)
     row, exact, torchs_distances = judged(heads, kv_heads, dtype)
-    ours = with_gradients(lambda q, k, v: SegmentedAttention.apply(q, k, v, plan, HEAD_DIM**-0.5, backend), *row)
+    ours = with_gradients(lambda q, k, v: SegmentedAttention.apply(q, k, v, plan, HEAD_DIM**-0.5, backend, None), *row)
     for name, x, wanted, torchs in zip(("out", "dq", "dk", "dv"), ours, exact, torchs_distances, strict=True):
         assert x.dtype == dtype
         assert distance(x, wanted) <= 2 * torchs, name
@@ -90,7 +90,7 @@ def test_equals_reference(backend: Backend, heads: int, kv_heads: int, dtype: to
 def test_each_length_alone_equals_reference_in_double_precision(length: int) -> None:
     row = random_row(length, 6, 3, torch.float64)
     plan = plan_segments([length], GROUP_SIZE)
-    ours = with_gradients(lambda q, k, v: SegmentedAttention.apply(q, k, v, plan, 0.5, sdpa), *row)
+    ours = with_gradients(lambda q, k, v: SegmentedAttention.apply(q, k, v, plan, 0.5, sdpa, None), *row)
     exact = with_gradients(lambda q, k, v: reference_attention(q, k, v, [length], GROUP_SIZE, scale=0.5), *row)
     torch.testing.assert_close(
         ours, exact, rtol=1e-6, atol=1e-6
@@ -108,7 +108,7 @@ def test_writes_every_element_it_allocates(
     torch.use_deterministic_algorithms(True)  # also fills torch.empty with NaN
     try:
         assert torch.empty(3).isnan().all()
-        results = with_gradients(lambda q, k, v: SegmentedAttention.apply(q, k, v, plan, 1.0, backend), *row)
+        results = with_gradients(lambda q, k, v: SegmentedAttention.apply(q, k, v, plan, 1.0, backend, None), *row)
     finally:
         torch.use_deterministic_algorithms(False)
     assert all(result.isfinite().all() for result in results)
@@ -118,7 +118,7 @@ def test_reads_strided_heads_as_a_fused_projection_leaves_them(backend: Backend)
     """GPT-NeoX hands over q, k, v as interleaved views of one tensor, and a sum's gradient is one number expanded."""
     fused = torch.randn(21, 4, 3 * HEAD_DIM, generator=torch.Generator().manual_seed(0), requires_grad=True)
     plan = plan_segments([21], GROUP_SIZE)
-    out = SegmentedAttention.apply(*fused.chunk(3, dim=-1), plan, 1.0, backend)
+    out = SegmentedAttention.apply(*fused.chunk(3, dim=-1), plan, 1.0, backend, None)
     wanted = reference_attention(*fused.chunk(3, dim=-1), [21], GROUP_SIZE, scale=1.0)
     torch.testing.assert_close(out, wanted)
     gradients = [torch.autograd.grad(x.sum(), fused)[0] for x in (out, wanted)]

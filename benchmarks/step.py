@@ -1,0 +1,312 @@
+"""How long does a training step take, and what does it hold? One GPU, random weights of a 7B or 8B model. (B6, B7, B9)
+
+    python benchmarks/step.py --save                                  # Llama-2-7B shapes, 8k to 100k tokens
+    python benchmarks/step.py --model llama3-8b --cases 102400:8192 --contenders recompute --save
+    python benchmarks/step.py --cases 262144:8192,327680:8192 --contenders recompute --save    # longest context
+
+A step is forward, backward and AdamW over LoRA (rank 8 on the attention projections), embeddings and norms, on one row
+of one document. Contenders, one after the other on the same GPU:
+
+- ``hf``: transformers + PEFT as they come: full attention (torch's own), every layer recomputed, the library's loss;
+- ``full``: this project's model with full attention, every layer recomputed;
+- ``recompute``: S²-Attn, every layer recomputed, MLP in pieces where the row is longer than 64k;
+- ``auto``: S²-Attn, and of the activations what fits;
+- ``lora``: as ``auto``, without trained embeddings and norms.
+
+``of ideal``: the operations that the step needs (recomputation not counted) ÷ 790 TFLOP/s, what large products reach on
+an H200, as a share of the time it took. ``predicted``: peak memory by `longlora.memory`, from a probe at 4096 tokens.
+Before anything is timed, a small model with everything on is compared with transformers' own operators in fp32: same
+loss, same gradients.
+"""
+
+import argparse
+import gc
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from figures import as_table, machine, save, verdict
+from torch import Tensor, nn
+
+from longlora import fused
+from longlora.activations import ActivationPolicy
+from longlora.flops import step_operations
+from longlora.memory import MLP_TILE, required
+from longlora.model import LongContextModel, build_base, training_model
+from longlora.probe import auto_policy, head_cost, probe
+from longlora.segments import SegmentPlan, plan_segments
+
+LLAMA = {"model_type": "llama", "hidden_act": "silu", "rms_norm_eps": 1e-5, "attention_dropout": 0.0}
+MODELS: dict[str, dict[str, Any]] = {
+    "llama2-7b": LLAMA
+    | {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
+    | {"num_key_value_heads": 32, "vocab_size": 32000, "max_position_embeddings": 4096},
+    "llama3-8b": LLAMA
+    | {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32}
+    | {"num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 8192},
+    "tiny": LLAMA
+    | {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4, "num_attention_heads": 4}
+    | {"num_key_value_heads": 4, "vocab_size": 1024, "max_position_embeddings": 256},
+}
+LORA = {"rank": 8, "alpha": 16, "dropout": 0.0, "targets": "auto", "rslora": False, "dora": False}
+CASES = [(8192, 2048), (32768, 8192), (65536, 8192), (102400, 8192)]
+CONTENDERS = ("hf", "full", "recompute", "auto", "lora")
+PEAK_RATE = 790e12
+TILED_FROM = 65536  # tokens beyond which `recompute` runs the MLP in pieces
+
+# The goals, at 8k, 32k, 64k and 100k tokens: what must hold, for Llama-2-7B shapes on an H200.
+OVER_HF = {8192: 1.10, 32768: 1.5, 65536: 2.0, 102400: 2.7}
+TOKENS_PER_SECOND = {8192: 18e3, 32768: 15e3, 65536: 13e3, 102400: 12e3}
+AUTO_OVER_RECOMPUTE = {8192: 1.35, 32768: 1.35, 65536: 1.12, 102400: 1.07}
+PEAK_GIB = {"llama2-7b": 75, "llama3-8b": 85}
+LORA_SHARE = 1 / 1.03
+
+Step = Callable[[Tensor, SegmentPlan], Tensor]
+
+
+class Masters:
+    """AdamW over fp32 copies of the trained parameters, as DeepSpeed keeps them."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.trained = [p for p in model.parameters() if p.requires_grad]
+        self.copies = [p.detach().float().requires_grad_() for p in self.trained]
+        self.optimizer = torch.optim.AdamW(self.copies, lr=1e-5, fused=True)
+
+    def step(self) -> None:
+        for parameter, copy in zip(self.trained, self.copies, strict=True):
+            copy.grad = None if parameter.grad is None else parameter.grad.float()
+            parameter.grad = None
+        self.optimizer.step()
+        for parameter, copy in zip(self.trained, self.copies, strict=True):
+            parameter.detach().copy_(copy)
+
+
+def build(options: argparse.Namespace, longest: int, *, ours: bool, embeddings_and_norms: bool) -> LongContextModel:
+    """The model on the device; `ours` with S²-Attn and fused parts, else as transformers makes it."""
+    base = build_base(
+        None,
+        MODELS[options.model],
+        dtype=torch.bfloat16 if options.device == "cuda" else torch.float32,
+        rope="linear",
+        context_length=longest,
+        init_seed=0,
+        fuse=ours and options.fused,
+        attention="s2" if ours else "sdpa",
+        device=options.device,
+    )
+    trained = {"train_embeddings": embeddings_and_norms, "train_norms": embeddings_and_norms}
+    return training_model(base, LORA | trained, fuse=ours and options.fused)
+
+
+def stepper(name: str, model: LongContextModel) -> Step:
+    """One training step of the contender: (ids (1, T), plan) → loss a token."""
+    masters = Masters(model)
+    positions: dict[int, Tensor] = {}
+
+    def step(ids: Tensor, plan: SegmentPlan) -> Tensor:
+        tokens = ids.shape[1]
+        if name == "hf":
+            loss = model.network(input_ids=ids, labels=ids, use_cache=False).loss
+        else:
+            places = positions.setdefault(tokens, torch.arange(tokens, device=ids.device)[None])
+            targets = torch.cat([ids[0, 1:], ids.new_full((1,), -100)])
+            loss = model(ids, places, targets, plan) / (tokens - 1)
+        loss.backward()
+        masters.step()
+        return loss.detach()
+
+    return step
+
+
+def policy_of(name: str, model: LongContextModel, plan: SegmentPlan) -> ActivationPolicy:
+    if name in ("auto", "lora"):
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        return auto_policy(model, plan, reserved=6 * trained)
+    return ActivationPolicy(0, mlp_tile=MLP_TILE if plan.tokens > TILED_FROM and name == "recompute" else None)
+
+
+def measure(name: str, model: LongContextModel, options: argparse.Namespace) -> list[dict[str, Any]]:
+    step = stepper(name, model)
+    rows = []
+    for tokens, group_size in options.cases:
+        plan = plan_segments([tokens], None if name in ("hf", "full") else group_size).to(options.device)
+        row: dict[str, Any] = {"tokens": tokens, "group_size": plan.group_size, "contender": name}
+        try:
+            rows.append(row | timed(name, model, step, plan, options))
+        except torch.OutOfMemoryError:
+            rows.append(row | {"policy": "out of memory"})
+            for parameter in model.parameters():
+                parameter.grad = None
+        print(rows[-1], flush=True)
+        gc.collect()
+        torch.cuda.empty_cache()
+    return rows
+
+
+def timed(
+    name: str, model: LongContextModel, step: Step, plan: SegmentPlan, options: argparse.Namespace
+) -> dict[str, Any]:
+    """Seconds a step, the median after one to warm up; peak memory of the last."""
+    policy = policy_of(name, model, plan)
+    predicted = predicted_gib(model, policy, plan) if name != "hf" else math.nan
+    model.follow(policy)
+    vocabulary = MODELS[options.model]["vocab_size"]
+    ids = torch.randint(vocabulary, (1, plan.tokens), device=options.device)
+    is_slow = name in ("hf", "full") or plan.tokens > 131072
+    seconds: list[float] = []
+    loss = step(ids, plan) if plan.tokens < 65536 or not is_slow else torch.zeros(())  # to warm up
+    while len(seconds) < (1 if is_slow else 2) or (sum(seconds) < options.seconds and len(seconds) < 10):
+        torch.cuda.reset_peak_memory_stats()
+        start = time.perf_counter()
+        loss = step(ids, plan)
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    if not math.isfinite(float(loss)):
+        raise SystemExit(f"{name}: the loss is {float(loss)}")
+    median = statistics.median(seconds)
+    operations = step_operations(model, model.causal_lm.config, plan)
+    return {
+        "seconds": round(median, 3),
+        "spread": f"{(max(seconds) - min(seconds)) / median:.1%}",
+        "tokens/s": round(plan.tokens / median),
+        "of ideal": round(operations / PEAK_RATE / median, 3),
+        "TFLOP/s": round(operations / median / 1e12),
+        "peak GiB": round(torch.cuda.max_memory_allocated() / 2**30, 1),
+        "predicted GiB": round(predicted, 1),
+        "policy": str(policy),
+    }
+
+
+def predicted_gib(model: LongContextModel, policy: ActivationPolicy, plan: SegmentPlan) -> float:
+    """What the memory model says of the peak: weights, optimizer, gradients, activations."""
+    gradients = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    there = torch.cuda.memory_allocated() + gradients
+    head = head_cost(model, plan.tokens, model.is_head_fused)
+    return (there + required(probe(model, plan.group_size), policy, plan.tokens, head)) / 2**30
+
+
+def check(options: argparse.Namespace) -> None:
+    """A tiny model in bf16 with everything on, against transformers' operators in fp32: loss and gradients."""
+    small = argparse.Namespace(**vars(options) | {"model": "tiny"})
+    plan = plan_segments([1024], 256).to(options.device)
+    ids = torch.randint(1024, (1, 1024), generator=torch.Generator().manual_seed(0)).to(options.device)
+    targets, places = torch.cat([ids[0, 1:], ids.new_full((1,), -100)]), torch.arange(1024, device=options.device)[None]
+    ours = build(small, 1024, ours=True, embeddings_and_norms=True)
+    plain = build(small, 1024, ours=False, embeddings_and_norms=True)
+    plain.causal_lm.set_attn_implementation("s2")
+    generator = torch.Generator(options.device).manual_seed(1)
+    with torch.no_grad():
+        for (name, parameter), other in zip(ours.named_parameters(), plain.parameters(), strict=True):
+            if "lora_B" in name:
+                parameter.normal_(std=0.02, generator=generator)
+            other.copy_(parameter)
+    exact = plain.float()
+    exact.attention_backend = "sdpa"
+    results = []
+    for model, policy in (
+        (exact, ActivationPolicy(4)),
+        (ours, ActivationPolicy(4)),
+        (ours, ActivationPolicy(1, 2, offload=True, mlp_tile=300)),
+    ):
+        model.follow(policy)
+        loss = model(ids, places, targets, plan)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        gradients = torch.autograd.grad(loss, trained)
+        results.append((float(loss.detach()), torch.cat([g.float().flatten() for g in gradients])))
+    (loss, gradient), *others = results
+    for other_loss, other in others:
+        error = float((other - gradient).norm() / gradient.norm())
+        print(f"checked: loss {other_loss:.3f}, exact {loss:.3f}; gradients differ by {error:.2e}")
+        if not (abs(other_loss / loss - 1) < 2e-3 and error < 3e-2):
+            raise SystemExit("the model gives other results than transformers' own operators")
+
+
+def judge(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
+    """Adds the ratios and verdicts that the goals ask for, for Llama-2-7B shapes."""
+    seconds = {(row["tokens"], row["contender"]): row["seconds"] for row in rows if "seconds" in row}
+    for row in rows:
+        verdicts = []
+        if "seconds" in row:
+            spread = float(row["spread"].rstrip("%")) / 100
+            for text, ratio, goal in ratios(row, seconds) if options.model == "llama2-7b" else []:
+                verdicts.append(f"{text} {ratio:.3f} (goal {goal:.2f}): {verdict(ratio, goal, spread)}")
+            if (row["contender"], row["tokens"]) == ("recompute", 102400):
+                fits = row["peak GiB"] <= PEAK_GIB[options.model]
+                verdicts.append(f"peak at most {PEAK_GIB[options.model]} GiB: {'PASS' if fits else 'FAIL'}")
+        row["verdict"] = "; ".join(verdicts)
+
+
+def ratios(row: dict[str, Any], seconds: dict[tuple[int, str], float]) -> list[tuple[str, float, float]]:
+    """(what, ratio, goal) of a row; only where the other contender was measured."""
+    tokens, own = row["tokens"], row["seconds"]
+    compared = {
+        "recompute": [("over hf", "hf", OVER_HF.get(tokens))],
+        "auto": [
+            ("over recompute", "recompute", AUTO_OVER_RECOMPUTE.get(tokens)),
+            ("lora alone over it", "lora", LORA_SHARE),
+        ],
+    }.get(row["contender"], [])
+    found = [(text, seconds[tokens, other] / own, goal) for text, other, goal in compared if (tokens, other) in seconds]
+    if row["contender"] == "auto":
+        found.append(("tokens/s over goal", row["tokens/s"] / TOKENS_PER_SECOND.get(tokens, math.inf), 1.0))
+    return [(text, ratio, goal) for text, ratio, goal in found if goal is not None and ratio > 0]
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", choices=list(MODELS), default="llama2-7b")
+    parser.add_argument(
+        "--cases", type=lambda s: [tuple(int(n) for n in c.split(":")) for c in s.split(",")], default=CASES,
+        help="tokens:group_size, comma between cases",
+    )  # fmt: skip
+    parser.add_argument("--contenders", type=lambda s: s.split(","), default=list(CONTENDERS))
+    parser.add_argument("--seconds", type=float, default=3.0, help="time for each case")
+    parser.add_argument("--no-fused", dest="fused", action="store_false", help="the model's own operators")
+    parser.add_argument("--save", action="store_true", help="write benchmarks/results/<date>-<name>.md")
+    parser.add_argument("--name", help="of the results; default: step-<model>")
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("this benchmark needs a CUDA device")
+    options.device = "cuda"
+    refused = fused.refusal("llama", "cuda")
+    if options.fused and refused:
+        print(f"without fused parts: {refused}")
+        options.fused = False
+    return options
+
+
+def main() -> int:
+    """0 if no goal is missed."""
+    options = parse()
+    check(options)
+    longest = max(tokens for tokens, _ in options.cases)
+    facts = machine("cuda", model=options.model, fused=options.fused, memory=f"{total_gib():.0f} GiB")
+    rows: list[dict[str, Any]] = []
+    groups = [("hf",), ("full", "recompute", "auto"), ("lora",)]
+    for group in groups:
+        names = [name for name in group if name in options.contenders]
+        if not names:
+            continue
+        model = build(options, longest, ours=group != ("hf",), embeddings_and_norms=group != ("lora",))
+        for name in names:
+            rows += measure(name, model, options)
+        del model
+        gc.collect()
+        torch.cuda.empty_cache()
+    judge(rows, options)
+    print(as_table(rows))
+    if options.save:
+        print(f"written to {save(options.name or f'step-{options.model}', 'A training step', facts, rows)}")
+    return 1 if any("FAIL" in row["verdict"] for row in rows) else 0
+
+
+def total_gib() -> float:
+    return torch.cuda.get_device_properties(0).total_memory / 2**30
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,73 @@
+"""GPU types that `plan` knows: memory, and the rates that large products and copies reach."""
+
+from dataclasses import dataclass
+
+from longlora.roofline import Rates
+from pipeline.config import ConfigError
+
+OVERHEAD_GIB = 1.5
+"""Of the memory that torch reports: CUDA's context, cuBLAS, NCCL."""
+
+_PRODUCTS, _COPIES = 0.8, 0.9  # of a datasheet's dense bf16 rate and bandwidth, where nothing was measured
+
+
+@dataclass(frozen=True)
+class Gpu:
+    name: str
+    memory_gib: float
+    """As torch reports it."""
+    peak: float
+    """Dense bf16 operations a second, by the datasheet."""
+    rates: Rates
+    """What large products and copies reach."""
+    source: str
+    """Where the rates are from."""
+
+    @property
+    def usable_gib(self) -> float:
+        return self.memory_gib - OVERHEAD_GIB
+
+
+def _datasheet(name: str, memory_gib: float, tflops: float, terabytes: float) -> Gpu:
+    rates = Rates(tflops * 1e12 * _PRODUCTS, terabytes * 1e12 * _COPIES)
+    return Gpu(
+        name,
+        memory_gib,
+        tflops * 1e12,
+        rates,
+        f"{_PRODUCTS:.0%} of {tflops:g} TFLOP/s, {_COPIES:.0%} of {terabytes:g} TB/s",
+    )
+
+
+# H200: 8192³ products in bf16 and copies of 8 GB, 2026-11-26. Others: the vendors' datasheets, dense bf16.
+GPUS = {
+    gpu.name: gpu
+    for gpu in (
+        Gpu("h200", 139.8, 989e12, Rates(790e12, 4.3e12), "measured: 790 TFLOP/s, 4.3 TB/s"),
+        _datasheet("h100", 79.1, 989, 3.35),
+        _datasheet("a100-80g", 79.1, 312, 2.04),
+        _datasheet("a100-40g", 39.4, 312, 1.56),
+        _datasheet("l40s", 44.4, 362, 0.864),
+        _datasheet("a10g", 22.0, 70, 0.6),
+        _datasheet("rtx-4090", 23.5, 165, 1.01),
+    )
+}
+
+
+def gpu_named(name: str) -> Gpu:
+    """ConfigError, with the names that there are, for any other."""
+    if name.lower() not in GPUS:
+        raise ConfigError(f"--gpu {name}: is not known; known are {', '.join(GPUS)}")
+    return GPUS[name.lower()]
+
+
+def gpu_of_torch(device_name: str) -> Gpu | None:
+    """By torch's name of the device (NVIDIA H100 80GB HBM3, NVIDIA A100-SXM4-40GB, …); None for one not known."""
+    name = device_name.lower()
+    return next((gpu for gpu in GPUS.values() if all(part in name for part in gpu.name.split("-"))), None)
+
+
+def gpu_of_ray(accelerator_type: str) -> Gpu | None:
+    """By Ray's name of the type (H100, A100-40G, A10G, …); None for one that is not known."""
+    name = accelerator_type.lower()
+    return GPUS.get({"a100": "a100-80g"}.get(name, name))
