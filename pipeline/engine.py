@@ -27,6 +27,7 @@ from transformers.integrations import HfDeepSpeedConfig
 from longlora.model import LongContextModel
 from longlora.segments import plan_segments
 from pipeline.config import Config
+from pipeline.embedding_rows import TouchedRows, sparse_embedding
 from pipeline.feed import MicroBatch
 from pipeline.optimizer import MOMENTS, Fragment, ParameterState, set_learning_rate
 
@@ -34,6 +35,8 @@ from pipeline.optimizer import MOMENTS, Fragment, ParameterState, set_learning_r
 # it again at every later one, in a cache that the whole machine shares: another process that builds it anew stalls a
 # run for minutes (docs/decisions.md, 30). gloo reduces gradients as well.
 deepspeed.ops.__compatible_ops__ = {}
+
+BUCKET = 500_000_000  # DeepSpeed's default
 
 
 @dataclass(frozen=True)
@@ -43,8 +46,11 @@ class StepResult:
     losses: list[float]
 
 
-def deepspeed_config(config: Config) -> dict[str, Any]:
-    """DeepSpeed's settings; optimizer and schedule are ours, so there is no block for them."""
+def deepspeed_config(config: Config, bucket: int = BUCKET) -> dict[str, Any]:
+    """DeepSpeed's settings; optimizer and schedule are ours, so there is no block for them.
+
+    bucket: elements of gradients that are reduced together, at most.
+    """
     bf16 = config.model.dtype == "bfloat16"
     return {
         "train_micro_batch_size_per_gpu": 1,
@@ -58,6 +64,7 @@ def deepspeed_config(config: Config) -> dict[str, Any]:
             "stage": config.workers.zero_stage,
             "overlap_comm": torch.cuda.is_available(),
             "contiguous_gradients": True,
+            "reduce_bucket_size": bucket,
         },
     }
 
@@ -77,15 +84,18 @@ class TrainingEngine:
         self.world_size = dist.get_world_size()
         self.zero_stage = config.workers.zero_stage
         self.seed = config.run.seed
+        rows = sparse_embedding(model) if self.zero_stage == 2 and self.world_size > 1 else None
         self.names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         self.engine, *_ = deepspeed.initialize(
             model=model,
             model_parameters=[p for p in model.parameters() if p.requires_grad],
             optimizer=optimizer,
-            config=deepspeed_config(config),
+            config=deepspeed_config(config, bucket=BUCKET if rows is None else min(BUCKET, rows.numel() - 1)),
             dist_init_required=False,
         )
         self.device = self.engine.device
+        if rows is not None:
+            TouchedRows(self.engine.optimizer, rows)
         self._create_moments()
 
     @property

@@ -102,7 +102,7 @@ def test_the_status_is_where_the_run_is(values: dict[str, Any], tmp_path: Path) 
     log.step(1, record(1, loss=2.5, seconds=2.0))
     log.evaluated(2, 2.75, 1000, seconds=0.5)
     status = log.status()
-    assert (status.phase, status.step, status.steps, status.attention) == ("training", 2, 8, "sdpa")
+    assert (status.phase, status.step, status.steps, status.setup) == ("training", 2, 8, {"attention": "sdpa"})
     assert (status.loss, status.eval_loss, status.world_size, status.attempt) == (2.5, 2.75, 2, 1)
     assert status.tokens_per_second == 50.0  # 400 tokens in 8 s
     assert status.remaining_s == 24.0  # 6 steps of 4 s
