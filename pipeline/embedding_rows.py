@@ -21,7 +21,8 @@ def sparse_embedding(model: LongContextModel) -> nn.Parameter | None:
     """The trained input embeddings, if a step touches only some of their rows: not where the output layer is tied."""
     if getattr(model.causal_lm.config, "tie_word_embeddings", False):
         return None
-    weights = (module.weight for module in model.modules() if isinstance(module, nn.Embedding))
+    embeddings = (module for module in model.modules() if isinstance(module, nn.Embedding))
+    weights = (weight for module in embeddings for weight in module.parameters())
     return next((weight for weight in weights if weight.requires_grad), None)
 
 
