@@ -128,7 +128,7 @@ def _driver_place() -> PlacementGroupFactory:
 
 
 def _concurrent(config: Config) -> int:
-    """Trials at once: as many as have room for all their workers, so that none waits with some of them."""
+    """Trials at once: as many as have room for all their workers, so that none waits with some of them; or one."""
     fixed = trial_config(config, {})
     room = room_for_workers(fixed) // fixed.workers.min
     return max(1, min(room, config.search.concurrent or room))
