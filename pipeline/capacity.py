@@ -44,16 +44,45 @@ def check_memory(config: Config) -> None:
 
 def room_for_workers(config: Config) -> int:
     """Workers that the cluster holds when it is empty, at the size that its autoscaler may bring it to."""
-    wanted = {name: amount for name, amount in worker_resources(config).items() if amount}
+    wanted = _wanted(config)
     now = sum(_fits(node, wanted) for node in _nodes())
     bound = _autoscaler_bound()
     return max(now, _fits(bound, wanted) if bound else 0)
+
+
+class LargestCluster:
+    """The cluster as it was when it had most nodes: those that are away for a moment may come back."""
+
+    def __init__(self) -> None:
+        self._nodes: list[Resources] = []
+
+    def look(self) -> None:
+        """Takes the nodes that are there now, if they are as many."""
+        nodes = _nodes()
+        if len(nodes) >= len(self._nodes):
+            self._nodes = nodes
+
+    def room_for_workers(self, config: Config) -> int:
+        """The most workers that the cluster, when empty, has been known to hold, or can be brought to hold."""
+        self.look()
+        return max(room_for_workers(config), sum(_fits(node, _wanted(config)) for node in self._nodes))
+
+
+def lack_of_room(config: Config, room: int) -> str:
+    """One line if a cluster with room for so many workers cannot hold the run's: they would wait without end."""
+    if room >= config.workers.min:
+        return ""
+    return f"workers.min is {config.workers.min}: the cluster has room for {room} such workers; lower it, or add nodes"
 
 
 def worker_resources(config: Config) -> Resources:
     """What Ray sets aside for each worker."""
     gpu = {"GPU": 1} if uses_gpu(config) else {}
     return {"CPU": config.workers.cpus, **gpu, **config.workers.resources}
+
+
+def _wanted(config: Config) -> Resources:
+    return {name: amount for name, amount in worker_resources(config).items() if amount}
 
 
 def _fits(available: Resources, wanted: Resources) -> int:

@@ -26,6 +26,14 @@ EXPIRY_S = 30.0
 """A lease whose beat has not changed for so long is free."""
 
 
+HELD = ("is working on this run", "another driver has")
+"""One of these is in every error that says that a run is another driver's."""
+
+
+class TakenOver(RuntimeError):
+    """Another driver has the lease."""
+
+
 @dataclass(frozen=True)
 class Holder:
     """Processes that hold a lease: the driver, and the one that writes for it and keeps the beat."""
@@ -76,9 +84,9 @@ class Lease:
         self._thread.start()
 
     def check(self) -> None:
-        """RuntimeError if another driver has taken over; asked before anything is committed."""
+        """TakenOver if another driver has taken over; asked before anything is committed."""
         if _highest(self._folder) != self._term:
-            raise RuntimeError(f"{self._folder.parent.name}: another driver has taken over this run")
+            raise TakenOver(f"{self._folder.parent.name}: another driver has taken over this run")
 
     def release(self) -> None:
         """Ends the lease; the next driver need not wait."""

@@ -17,7 +17,7 @@ from pipeline.ledger import Event, LedgerWriter, StepRecord
 from pipeline.storage import storage_error
 from pipeline.tracking import Tracker, usable_tracking_uri
 
-TRAINING = "training"
+TRAINING, ENDING = "training", "ending"
 Files = dict[str, dict[str, int | str]]  # as in checkpoints.py, whose torch would slow down the start
 RATE_WINDOW = 10  # steps over which tokens/s and the remaining time are estimated
 
@@ -69,13 +69,16 @@ class RunLog:
         self._may_commit = 0
         self._last_save_s = 0.0
         self._evaluations: list[Event] = []
-        self._ends_early = False
+        self._ends_early = self._closed = False
 
     def start_attempt(self, world_size: int, step: int, details: dict[str, Any]) -> int:
         """A worker group has started and goes on from `step`; returns the attempt's number.
 
         ConfigError if MLflow's server has answered that it cannot be used, where no step has been trained yet.
+        RuntimeError if the run was ended before it had these workers.
         """
+        if self._closed:
+            raise RuntimeError("the run has been ended")
         if not self.status_now.attempt:
             self._refuse_mistake()
         attempt = self._may_commit = self.ledger.start_attempt()
@@ -158,9 +161,17 @@ class RunLog:
         open_request = self._request if self._request.number > self._answered else CheckpointRequest()
         return replace(open_request, end=self._ends_early)
 
-    def end_early(self) -> None:
-        """Has the workers save the step that they are in, now or once they have started, and end the run as KILLED."""
+    def end_early(self) -> bool:
+        """Has the workers save the step that they are in and end the run as KILLED; may be asked again.
+
+        While there are none to do so (they start, or wait for nodes) the log is closed at once; True if it has been.
+        """
         self._ends_early = True
+        if self._closed or self.status_now.phase in (TRAINING, ENDING):
+            return False
+        with suppress(Exception):  # the storage's: what it has not got the next driver trains again
+            self.close("KILLED")
+        return True
 
     def has_checkpointed(self, request: int) -> bool:
         """Whether a request has been answered, or its workers are gone."""
@@ -169,7 +180,7 @@ class RunLog:
     def workers_ended(self, attempt: int) -> None:
         """A worker of that attempt has ended, well or not: nobody answers requests any more."""
         if attempt == self.status_now.attempt:
-            self.status_now.phase = "ending"
+            self.status_now.phase = ENDING
 
     def happened(self, event: str, details: dict[str, Any]) -> None:
         """A disturbance, as the controller sees it, or new workers that are about to start."""
@@ -247,8 +258,11 @@ class RunLog:
     def close(self, status: str) -> str:
         """Ends the MLflow run as FINISHED, FAILED or KILLED, and the ledger; one line if MLflow has not got all, or "".
 
-        A driver that has lost the run ends nothing but itself.
+        A driver that has lost the run ends nothing but itself. What is closed stays as it is.
         """
+        if self._closed:
+            return ""
+        self._closed = True
         if self._ends_early and status == "FINISHED" and self.status_now.step < self.status_now.steps:
             status = "KILLED"
         try:

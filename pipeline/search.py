@@ -1,8 +1,9 @@
 """The stage `search`: Ray Tune over the space, each trial a training run on the same packs.
 
     source     which trial is next, and the records of all               (search_source.py)
-    Tune       how many at once; ASHA; starts and ends the trials' drivers
+    Tune       how many at once; ASHA (search_asha.py); starts the trials' drivers
     trial      one training run, told validation by validation           (search_trial.py)
+    ends       which trials are to end early: trials ask                  (search_ends.py)
 
 A search that starts anew does not read Tune's own state, which is pickled: finished trials are in its records, and ASHA
 is told what they were.
@@ -12,30 +13,33 @@ import logging
 import os
 import signal
 import tempfile
+import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FrameType, SimpleNamespace
-from typing import Any, cast
+from types import FrameType
+from typing import Any
 
 import ray
 from ray import tune
 from ray.tune.execution.placement_groups import PlacementGroupFactory
-from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from upath import UPath
 
-from pipeline.capacity import check_resources, room_for_workers
+from pipeline.capacity import LargestCluster, check_resources, lack_of_room, room_for_workers
 from pipeline.config import Config, ConfigError
 from pipeline.lease import Holder, Lease
 from pipeline.prepare import PreparedPacks
 from pipeline.run_config import keep_config
+from pipeline.search_asha import scheduler
 from pipeline.search_budget import Budget
+from pipeline.search_check import keep_packs
+from pipeline.search_ends import start_ends
+from pipeline.search_records import Records
 from pipeline.search_report import print_result, write_result
-from pipeline.search_source import EndWithBudget, TrialSource
-from pipeline.search_space import LOSS
+from pipeline.search_source import TrialSource
 from pipeline.search_tracking import SearchTracker
-from pipeline.search_trial import Trial, check_room
-from pipeline.search_trials import TrialRecord, TrialStore, trial_config
+from pipeline.search_trial import Trial
+from pipeline.search_trials import TrialStore, trial_config
 
 ACTOR_FAILURES = 3
 """How often a trial's driver may die before the trial counts as failed; its workers' failures are another matter."""
@@ -52,32 +56,33 @@ TUNE_SETTINGS = {
 def search(config: Config, folder: UPath, packs: PreparedPacks) -> None:
     """Searches until space or budget is exhausted, and writes the result to `<search>/result`.
 
-    ConfigError if another driver works on this search, no trial fits the cluster, or all trials fail. KeyboardInterrupt
-    after Ctrl-C, when all trials have ended.
+    ConfigError if another driver works on this search or takes it over, the packs are not those that it was begun on,
+    no trial fits the cluster, all trials fail, or the storage does not take the records. KeyboardInterrupt after
+    Ctrl-C, when all trials have ended.
     """
-    check_resources(trial_config(config, {}))
-    lease = Lease(folder, Holder.here(os.getpid()))
-    keep_config(config, folder)
-    source = TrialSource(config, TrialStore(folder), packs, Budget(config, folder), say=_say)
-    tracker = SearchTracker(config, folder, source.records)
+    _check_room(config)
+    taken_over = threading.Event()
+    lease = Lease(folder, Holder.here(os.getpid()), lost=taken_over.set)
     try:
+        keep_packs(packs, folder)
+        keep_config(config, folder)
+        records = Records(TrialStore(folder), Budget(config, folder), lease.check, taken_over)
+        tracker = SearchTracker(config, folder, records)
         tracker.start()
+        source = TrialSource(config, records, packs, start_ends(), LargestCluster(), say=_say)
         with _interruptible(source):
             _tune(config, source)
-        source.interrupt()
-        records = list(source.records.values())
-        write_result(config, folder, records, source.budget)
-        print_result(config, folder, records, source.budget)
+        records.finish()
+        trials = list(records.all.values())
+        write_result(config, folder, trials, records.budget)
+        print_result(config, folder, trials, records.budget)
         tracker.close()
     finally:
-        try:
-            source.budget.keep()
-        finally:
-            lease.release()
+        lease.release()
     if source.ends_because == INTERRUPT:
         raise KeyboardInterrupt
-    if records and all(record.status == "failed" for record in records):
-        raise ConfigError(f"all {len(records)} trials failed; the first: {records[0].reason}")
+    if trials and all(record.status == "failed" for record in trials):
+        raise ConfigError(f"all {len(trials)} trials failed; the first: {trials[0].reason}")
 
 
 INTERRUPT = "Ctrl-C"
@@ -87,10 +92,10 @@ def _tune(config: Config, source: TrialSource) -> None:
     os.environ.update(TUNE_SETTINGS)
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a trial that fails is told in a line of ours
     tune.Tuner(
-        tune.with_resources(Trial, _driver_place()),
+        tune.with_resources(tune.with_parameters(Trial, ends=source.ends), _driver_place()),
         tune_config=tune.TuneConfig(
             search_alg=source,
-            scheduler=_scheduler(config, source.records.values()),
+            scheduler=scheduler(config, source.records.all.values(), source.fell_behind),
             num_samples=-1,  # the source says when to end
             max_concurrent_trials=_concurrent(config),
         ),
@@ -99,10 +104,20 @@ def _tune(config: Config, source: TrialSource) -> None:
             storage_path=os.path.join(tempfile.gettempdir(), "longlora-ray"),
             failure_config=tune.FailureConfig(max_failures=ACTOR_FAILURES),
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # the runs' folders have the state
-            stop=EndWithBudget(source),
+            callbacks=[Watch(source)],
             verbose=0,
         ),
     ).fit()
+
+
+class Watch(tune.Callback):
+    """Has the source look several times a second whether the search is to end."""
+
+    def __init__(self, source: TrialSource) -> None:
+        self.source = source
+
+    def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        self.source.watch()
 
 
 def _driver_place() -> PlacementGroupFactory:
@@ -113,41 +128,19 @@ def _driver_place() -> PlacementGroupFactory:
 
 
 def _concurrent(config: Config) -> int:
-    """Trials at once: as many as have room for all their workers, so that none waits with some of them."""
+    """Trials at once: as many as have room for all their workers, so that none waits with some of them; or one."""
     fixed = trial_config(config, {})
-    check_room(fixed)
     room = room_for_workers(fixed) // fixed.workers.min
-    return min(room, config.search.concurrent or room)
+    return max(1, min(room, config.search.concurrent or room))
 
 
-def _scheduler(config: Config, records: Iterable[TrialRecord]) -> TrialScheduler:
-    """ASHA that knows what earlier drivers' trials were at its rungs; those that go on tell it themselves."""
-    asha, optimization = config.search.asha, config.optimization
-    if asha is None or config.evaluation.every_steps is None:
-        return FIFOScheduler()
-    tokens_per_step = optimization.global_batch * config.context.length
-    grace = asha.grace_tokens or config.evaluation.every_steps * tokens_per_step
-    whole = optimization.steps * tokens_per_step
-    scheduler = ASHAScheduler(
-        time_attr="tokens",
-        metric=LOSS,
-        mode="min",
-        grace_period=min(grace, whole),
-        reduction_factor=asha.reduction_factor,
-        max_t=whole,
-        stop_last_trials=False,  # a trial that comes so far has ended
-    )
-    for record in records:
-        if record.status in ("finished", "stopped"):
-            _tell(scheduler, record)
-    return scheduler
-
-
-def _tell(scheduler: ASHAScheduler, record: TrialRecord) -> None:
-    trial = cast(Any, SimpleNamespace(trial_id=record.run))  # ASHA knows trials by their ids
-    scheduler.on_trial_add(cast(Any, None), trial)
-    for report in record.reports:
-        scheduler.on_trial_result(cast(Any, None), trial, {"tokens": report.tokens, LOSS: report.loss})
+def _check_room(config: Config) -> None:
+    """ConfigError if the cluster cannot hold one worker, or all those of a trial where all have as many."""
+    fixed = trial_config(config, {})
+    check_resources(fixed)
+    lacks = lack_of_room(fixed, room_for_workers(fixed))
+    if lacks and not any(key.startswith("workers.") for key in config.search.space):
+        raise ConfigError(lacks)
 
 
 @contextmanager

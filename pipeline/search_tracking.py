@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from upath import UPath
 
 from pipeline.config import Config
+from pipeline.search_records import Records
 from pipeline.search_report import FOLDER
 from pipeline.search_trials import TrialRecord, best_trial
 from pipeline.storage import local_copy, read_json
@@ -29,8 +30,7 @@ KINDS = ("running", "finished", "stopped", "failed")
 class SearchTracker:
     """Keeps the parent run and the links to its children up to the records."""
 
-    def __init__(self, config: Config, folder: UPath, records: dict[int, TrialRecord]) -> None:
-        """records: the source's own, which it changes."""
+    def __init__(self, config: Config, folder: UPath, records: Records) -> None:
         self.config, self.folder, self.records = config, folder, records
         self.uri = usable_tracking_uri(config)
         self._parent: MlflowRun | None = None
@@ -43,19 +43,20 @@ class SearchTracker:
         self._thread.start()
 
     def close(self) -> None:
-        """Delivers the result too, once what is under way has ended; one line if the server has not got all."""
+        """Delivers the result too, for `PATIENCE_S` at most; prints one line if the server has not got all then."""
         self._closing.set()
         self._thread.join(PATIENCE_S)
-        if not self._thread.is_alive():
-            going_on = any(record.status == "running" for record in self.records.values())
-            self._try_to_deliver(status="KILLED" if going_on else "FINISHED", result=True)
         if self._thread.is_alive() or self._problem:
             problem = self._problem or f"no answer in {PATIENCE_S:.0f} s"
             print(f"MLflow at {self.uri} has not got all of this search ({problem}): its next start delivers it")
 
     def _keep_up(self) -> None:
         while not self._closing.wait(INTERVAL_S):
+            if self.records.taken_over.is_set():  # the parent run is the other driver's
+                return
             self._try_to_deliver(status="RUNNING", result=False)
+        going_on = any(record.status == "running" for record in self.records.all.values())
+        self._try_to_deliver(status="KILLED" if going_on else "FINISHED", result=True)
 
     def _try_to_deliver(self, status: str, result: bool) -> None:
         try:
@@ -69,7 +70,7 @@ class SearchTracker:
         from pipeline.mlflow_run import open_run
 
         parent = self._parent = self._parent or open_run(self.config, self.uri, self.folder)
-        records = dict(self.records)
+        records = dict(self.records.all)
         for record in records.values():
             self._link(parent, record)
         count = {kind: sum(record.status == kind for record in records.values()) for kind in KINDS}

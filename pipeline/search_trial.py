@@ -16,41 +16,42 @@ from ray import tune
 from ray.exceptions import RayActorError
 from upath import UPath
 
-from pipeline.capacity import room_for_workers
-from pipeline.config import Config, ConfigError, parse_config
+from pipeline.config import ConfigError, parse_config
+from pipeline.lease import HELD
 from pipeline.ledger import Event, read_ledger
 from pipeline.prepare import PreparedPacks
 from pipeline.search_space import LOSS, THROUGHPUT
-from pipeline.storage import run_folder, storage_error
+from pipeline.storage import one_line, run_folder, storage_error
 from pipeline.train_driver import train
 
 HEARTBEAT_S = 10.0
-"""Between words of a trial whose training goes on: it can be stopped only then."""
+"""Between words of a trial whose training goes on."""
 POLL_S = 0.2
-END_TIMEOUT_S = 600.0
-"""How long a trial that is stopped has for its last step and checkpoint."""
 
 Result = dict[str, Any]
 """To Tune: `tokens`, `worker_seconds`; of a validation also its `step` and the objectives; of the end also `ended`
-(finished or failed), `reason`, and `done`."""
+(finished, interrupted or failed), `reason`, `passing` (as in a record), and `done`."""
 
 
 class Trial(tune.Trainable):
-    """Trains in a thread; `step` returns what is to be told next."""
+    """Trains in a thread; `step` returns what is to be told next.
 
-    def setup(self, config: dict[str, Any]) -> None:
-        """config: `config`, the run's, as nested values, and folders `train_packs`, `validation_packs`."""
-        self.run = parse_config(config["config"])
-        self.folder = run_folder(self.run)
+    It is never stopped by Tune: it asks whether it is to end, saves, and tells that it is done (`search_ends.py`).
+    """
+
+    def setup(self, config: dict[str, Any], ends: Any) -> None:  # type: ignore[override]  # as with_parameters calls it
+        """config: `config`, the run's, as nested values, and folders `train_packs`, `validation_packs`; ends: whom to
+        ask. Nothing here can fail: what the storage refuses is the training's error.
+        """
+        self.run, self.ends = parse_config(config["config"]), ends
         self.tokens_per_step = self.run.optimization.global_batch * self.run.context.length
         self.packs = PreparedPacks(UPath(config["train_packs"]), UPath(config["validation_packs"]))
         self.run_log: Any = None
-        self.stopping = False
+        self.asked_to_end = self.log_closed = self.passing = False
         self.ended, self.reason = "", ""
         self.began = time.monotonic()
         self.told = 0
-        # Of a trial that goes on: told again, in order, so that a scheduler that starts anew learns all of it.
-        self.pending = deque(validations(self.folder))
+        self.pending: deque[Event] = deque()
         self.thread = threading.Thread(target=self._train, name="train", daemon=True)
         self.thread.start()
 
@@ -59,37 +60,40 @@ class Trial(tune.Trainable):
         until = time.monotonic() + HEARTBEAT_S
         while True:
             trains = self.thread.is_alive()  # looked at before the log is: nothing that it tells last is missed
+            self._end_if_asked()
             self._ask()
             if self.pending:
                 return self._validation(self.pending.popleft())
-            if not trains:
-                return self._progress() | {"ended": self.ended, "reason": self.reason, "done": True}
+            if not trains or self.log_closed:
+                end = {"ended": self.ended or "interrupted", "reason": self.reason, "passing": self.passing}
+                return self._progress() | end | {"done": True}
             if time.monotonic() > until:
                 return self._progress()
             self.thread.join(POLL_S)
 
-    def cleanup(self) -> None:
-        """Called by Tune when the trial has ended or is to end: saves, and ends the run as KILLED if it is not done."""
-        self.stopping = True
-        if self.run_log is not None:
-            with suppress(RayActorError):
-                ray.get(self.run_log.end_early.remote())
-        self.thread.join(END_TIMEOUT_S)
-
     def _train(self) -> None:
         try:
-            check_room(self.run)
-            train(self.run, self.folder, self.packs, started=self._started)
-            self.ended = "finished"
+            folder = run_folder(self.run)
+            # Of a trial that goes on: told again, in order, so that a scheduler that starts anew learns all of it.
+            self.pending += validations(folder)
+            train(self.run, folder, self.packs, started=self._started)
+            early = self.asked_to_end and self._steps_done() < self.run.optimization.steps
+            self.ended = "interrupted" if early else "finished"
         except Exception as error:  # one trial's, whatever it is: the others go on
-            known = isinstance(error, ConfigError)
-            text = storage_error(error) or " ".join(str(error).split()) or type(error).__name__
-            self.ended, self.reason = "failed", text if known else f"{type(error).__name__}: {text}"
+            known = isinstance(error, ConfigError) or storage_error(error)
+            self.reason = one_line(error) if known else f"{type(error).__name__}: {one_line(error)}"
+            self.passing = passes(self.reason)
+            self.ended = "failed"
 
     def _started(self, run_log: Any) -> None:
         self.run_log = run_log
-        if self.stopping:
-            ray.get(run_log.end_early.remote())
+
+    def _end_if_asked(self) -> None:
+        """Asks whether the trial is to end; if so has the run's log see to it, until it has or the training ends."""
+        with suppress(RayActorError):  # of a search that ends at once, or a run that has ended
+            self.asked_to_end = self.asked_to_end or ray.get(self.ends.asked.remote(self.run.run.name))
+            if self.asked_to_end and self.run_log is not None and not self.log_closed:
+                self.log_closed = ray.get(self.run_log.end_early.remote())
 
     def _ask(self) -> None:
         """Takes up the validations since the last one."""
@@ -106,11 +110,14 @@ class Trial(tune.Trainable):
         return {"step": event.step, **objectives, **self._spent(event.step)}
 
     def _progress(self) -> Result:
-        done = self.told
+        return self._spent(max(self.told, self._steps_done()))
+
+    def _steps_done(self) -> int:
+        """As the run's log has it; 0 without one."""
         if self.run_log is not None:
             with suppress(RayActorError):
-                done = max(done, ray.get(self.run_log.status.remote()).step)
-        return self._spent(done)
+                return int(ray.get(self.run_log.status.remote()).step)
+        return 0
 
     def _spent(self, step: int) -> Result:
         seconds = (time.monotonic() - self.began) * self.run.workers.min
@@ -126,10 +133,6 @@ def validations(folder: UPath) -> list[Event]:
     return [first[step] for step in sorted(first)]
 
 
-def check_room(config: Config) -> None:
-    """ConfigError if the cluster cannot hold the run's workers, which would be waited for without end."""
-    room = room_for_workers(config)
-    if room < config.workers.min:
-        raise ConfigError(
-            f"workers.min is {config.workers.min}: the cluster has room for {room} such workers; lower it, or add nodes"
-        )
+def passes(reason: str) -> bool:
+    """Whether what a trial failed of may have passed when the search starts again: its storage, or another driver."""
+    return reason.startswith("run.storage") or any(words in reason for words in HELD)

@@ -19,7 +19,7 @@ from pipeline.search_space import Search, Settings
 from pipeline.storage import make_folder, read_json, write_json
 
 Status = Literal["running", "finished", "stopped", "failed"]
-"""running: or interrupted, to be gone on with; stopped: by ASHA, for good."""
+"""running: or interrupted, to be gone on with; stopped: by ASHA, for good, though it may still be saving."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,8 @@ class TrialRecord:
     worker_seconds: float = 0.0
     """Time of its workers that has to be paid, from the trial's start to its end."""
     reports: list[Report] = field(default_factory=list)
+    passing: bool = False
+    """Failed of what may pass: no room, no storage, another driver. The next start of the search tries it again."""
 
     @property
     def loss(self) -> float:

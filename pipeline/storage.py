@@ -75,6 +75,11 @@ def storage_error(error: BaseException) -> str:
     return ""
 
 
+def one_line(error: BaseException) -> str:
+    """An error in one line: what `storage_error` says of it, or its own words."""
+    return storage_error(error) or _words(error)
+
+
 def is_local(path: UPath) -> bool:
     return getattr(path, "protocol", "") in ("", "file", "local")
 

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,15 @@ from upath import UPath
 from pipeline import checkpoints
 from pipeline.audit import audit_run
 from pipeline.config import load_config
+from pipeline.lease import Holder
 from pipeline.run_config import run_config
 from pipeline.search_trials import TrialRecord, TrialStore
+from pipeline.storage import create_once, json_bytes
 
 SPACE = {"attention.group_size": {"choice": [32, 64]}, "workers.min": {"choice": [1, 50]}}
 WAIT_S = 300
+LONG_STEP_S = 25
+"""Longer than Tune lets a trial that it stops at the end of a search live."""
 
 
 def settings(tmp_path: Path, **search: Any) -> dict[str, dict[str, Any]]:
@@ -110,7 +115,8 @@ def _check_result(folder: UPath, records: dict[int, TrialRecord]) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_ctrl_c_and_a_spent_budget_save_and_what_is_granted_later_goes_on(make_run: Callable, tmp_path: Path) -> None:
-    """Optuna, two objectives, a condition; the first trials are far from their end when everything has to end."""
+    """Optuna, two objectives, a condition; the first trials are far from their end when everything has to end, in a
+    step that takes long."""
     space = {
         "attention.group_size": {"choice": [32, 64]},
         "adapter.rank": {"choice": [2, 4]},
@@ -123,7 +129,14 @@ def test_ctrl_c_and_a_spent_budget_save_and_what_is_granted_later_goes_on(make_r
     run = make_run("tried", **values)
     driver = run.start("search")
     wait_for("validations", lambda: sum(bool(trial.reports) for trial in trials(run.folder).values()) == 2, driver)
+    workers = workers_of(driver.pid)
+    assert len(workers) == 2
+    for worker in workers:
+        worker.suspend()
     os.kill(driver.pid, signal.SIGINT)
+    time.sleep(LONG_STEP_S)
+    for worker in workers:
+        worker.resume()
     output, _ = driver.communicate(timeout=120)
     assert driver.returncode == 130 and "all trials save and end" in output, output
     _check_interrupted(run.folder, "interrupted: Ctrl-C")
@@ -169,6 +182,51 @@ def test_a_trial_whose_node_is_killed_comes_to_the_same_result(make_run: Callabl
     alone = make_run("alone", **{**values, "search": {}, "attention": {"group_size": group_size}})
     alone.finish("train")
     assert _weights(disturbed.folder) == _weights(alone.folder), "the same to the last bit"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_driver_that_has_lost_the_search_ends_its_trials_and_writes_no_more(
+    make_run: Callable, tmp_path: Path
+) -> None:
+    values = settings(tmp_path)
+    values["search"]["space"] = {"attention.group_size": {"choice": [32]}}
+    values["optimization"]["steps"] = 4000
+    run = make_run("tried", **values)
+    driver = run.start("search")
+    wait_for("a validation", lambda: any(trial.reports for trial in trials(run.folder).values()), driver)
+    assert create_once(run.folder / "lease" / "2.json", json_bytes(asdict(Holder.here(os.getpid()))))
+    time.sleep(1)  # what was being written when the other driver came
+    before = trials(run.folder), (run.folder / "spent.json").read_bytes()
+    output, _ = driver.communicate(timeout=120)
+    assert driver.returncode == 2 and "error: another driver has taken over this search" in output, output
+    assert (trials(run.folder), (run.folder / "spent.json").read_bytes()) == before
+    assert not (run.folder / "result").exists()
+    assert tracked(run.folder)["tried.0001"].info.status == "KILLED"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_trial_that_waits_for_nodes_does_not_hold_up_the_end(make_run: Callable, tmp_path: Path) -> None:
+    """Its node is gone, and none comes in its place: nobody is in a step, and there is nothing to save."""
+    values = settings(tmp_path)
+    values["search"]["space"] = {"attention.group_size": {"choice": [32]}}
+    values["optimization"]["steps"] = 4000
+    values["workers"] |= {"resources": SLOT}
+    with SpotCluster() as cluster:
+        node = cluster.add()
+        made = make_run("tried", **values)
+        made.environment["RAY_ADDRESS"] = cluster.address
+        driver = made.start("search")
+        trial = DisturbedRun(made.config, made.folder.parent / "tried.0001")
+        wait_for("a checkpoint", lambda: bool(checkpoints.steps(trial.folder)), driver)
+        cluster.remove(node)
+        time.sleep(LONG_STEP_S)
+        os.kill(driver.pid, signal.SIGINT)
+        output, _ = driver.communicate(timeout=60)
+    assert driver.returncode == 130 and "trial 1 interrupted: Ctrl-C" in output, output
+    [record] = trials(made.folder).values()
+    assert record.status == "running" and tracked(made.folder)[record.run].info.status == "KILLED"
 
 
 def _weights(folder: UPath) -> Any:

@@ -95,6 +95,35 @@ def test_a_step_of_workers_that_were_replaced_counts_for_nothing(values: dict[st
     assert lines == [(1, 0), (2, 0)]
 
 
+@pytest.mark.parametrize("phase", ["starting workers", "waiting for nodes: room for 0 of 2 workers", "recovering"])
+def test_a_run_without_workers_is_ended_at_once(values: dict[str, Any], tmp_path: Path, phase: str) -> None:
+    folder = tmp_path / "logged"
+    log = RunLog(values, str(folder), os.getpid())
+    if phase == "recovering":
+        log.start_attempt(2, 0, STARTED)
+        log.happened("failure", {"cause": "worker died"})
+    elif phase != "starting workers":
+        log.waiting(phase)
+    assert log.status().phase == phase and log.end_early()
+    with pytest.raises(RuntimeError, match="has been ended"):  # workers that were about to start
+        log.start_attempt(2, 0, STARTED)
+    assert log.close("FAILED") == "", "what is closed stays as it is"
+    run = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db").get_run(
+        read_json(UPath(folder) / "run.json")["mlflow_run_id"]
+    )
+    assert run.info.status == "KILLED"
+    RunLog(values, str(folder), os.getpid()).close("FINISHED")  # the lease is free
+
+
+def test_a_run_in_a_step_is_ended_by_its_workers(values: dict[str, Any], tmp_path: Path) -> None:
+    log = RunLog(values, str(tmp_path / "logged"), os.getpid())
+    log.start_attempt(2, 0, STARTED)
+    assert not log.end_early() and log.request().end
+    log.workers_ended(1)
+    assert not log.end_early(), "they may be writing the last checkpoint"
+    log.close("FINISHED")
+
+
 def test_the_status_is_where_the_run_is(values: dict[str, Any], tmp_path: Path) -> None:
     log = RunLog(values, str(tmp_path / "logged"), os.getpid())
     log.start_attempt(2, 0, STARTED)

@@ -1,5 +1,7 @@
 """A trial as Tune's actor has it, over a training that is played."""
 
+import errno
+import os
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,10 +13,13 @@ from upath import UPath
 
 from pipeline import search_trial
 from pipeline.config import ConfigError, load_config
+from pipeline.lease import Holder, Lease, TakenOver
 from pipeline.ledger import Event, LedgerWriter
+from pipeline.search_ends import Ends
 from pipeline.search_space import LOSS, THROUGHPUT
-from pipeline.search_trial import Trial
+from pipeline.search_trial import Trial, passes
 from pipeline.search_trials import trial_config
+from pipeline.storage import storage_error, write_json
 
 TOKENS_PER_STEP = 2 * 4096
 
@@ -28,23 +33,38 @@ class PlayedLog:
 
     def __init__(self) -> None:
         self.told: list[Event] = []
+        self.has_workers = True
         self.asked_to_end = threading.Event()
         self.evaluations = SimpleNamespace(remote=lambda after: [line for line in self.told if line.step > after])
         self.status = SimpleNamespace(remote=lambda: SimpleNamespace(step=max((e.step for e in self.told), default=0)))
-        self.end_early = SimpleNamespace(remote=self.asked_to_end.set)
+        self.end_early = SimpleNamespace(remote=self._end_early)
+
+    def _end_early(self) -> bool:
+        self.asked_to_end.set()
+        return not self.has_workers
 
 
 Training = Callable[[PlayedLog], None]
 
 
 @pytest.fixture
-def make_trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Training], Trial]]:
+def ends() -> Ends:
+    return Ends()
+
+
+@pytest.fixture
+def make_trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ends: Ends) -> Iterator[Callable[[Training], Trial]]:
     """make_trial(training): a trial whose workers do `training(log)`."""
     monkeypatch.setattr(search_trial.ray, "get", lambda answer: answer)
-    monkeypatch.setattr(search_trial, "check_room", lambda config: None)
     monkeypatch.setattr(search_trial, "HEARTBEAT_S", 0.5)
     monkeypatch.setattr(search_trial, "POLL_S", 0.01)
     config = trial_config(load_config("configs/search-demo.yaml", [f"run.storage={tmp_path}"]), {}, 1)
+
+    class PlayedTrial(Trial):
+        """As `tune.with_parameters` makes it."""
+
+        def setup(self, config: dict[str, Any]) -> None:  # type: ignore[override]
+            super().setup(config, SimpleNamespace(asked=SimpleNamespace(remote=ends.asked)))
 
     def make(training: Training) -> Trial:
         def train(run: Any, folder: UPath, packs: Any, started: Callable[[Any], None]) -> None:
@@ -54,7 +74,7 @@ def make_trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Call
 
         monkeypatch.setattr(search_trial, "train", train)
         values = {"config": config.model_dump(mode="json"), "train_packs": "train", "validation_packs": "held-out"}
-        return Trial(config=values)
+        return PlayedTrial(config=values)
 
     yield make
 
@@ -115,15 +135,72 @@ def test_an_error_is_the_trials_own(make_trial: Callable[[Training], Trial], err
     assert (end["ended"], end["reason"]) == ("failed", reason)
 
 
-def test_a_trial_that_is_stopped_saves_and_ends(make_trial: Callable[[Training], Trial]) -> None:
-    saved = []
+RUN = "search-demo.0001"
+
+
+def test_a_trial_that_is_to_end_is_done_once_it_has_saved(make_trial: Callable[[Training], Trial], ends: Ends) -> None:
+    """However long its step is: it gives signs of life meanwhile, and counts what that step trains."""
+    saved, step_ends = [], threading.Event()
 
     def train(log: PlayedLog) -> None:
         log.told.append(evaluation(3, 4.5))
-        assert log.asked_to_end.wait(60)
+        assert log.asked_to_end.wait(60) and step_ends.wait(60)
+        log.status = SimpleNamespace(remote=lambda: SimpleNamespace(step=4))
         saved.append("the step under way")
 
     trial = make_trial(train)
     assert trial.step()["step"] == 3
-    trial.stop()
-    assert saved and not trial.thread.is_alive()
+    ends.end(RUN)
+    for _ in range(3):  # heartbeats
+        assert "done" not in trial.step()
+    step_ends.set()
+    end = told(trial)[-1]
+    assert saved and (end["ended"], end["tokens"]) == ("interrupted", 4 * TOKENS_PER_STEP)
+
+
+def test_a_trial_whose_workers_wait_for_nodes_ends_at_once(make_trial: Callable[[Training], Trial], ends: Ends) -> None:
+    node_comes = threading.Event()
+
+    def wait(log: PlayedLog) -> None:
+        log.has_workers = False
+        node_comes.wait(60)
+
+    trial = make_trial(wait)
+    ends.end_all()
+    [end] = told(trial)
+    assert (end["ended"], end["reason"]) == ("interrupted", "") and trial.thread.is_alive()
+    node_comes.set()
+
+
+def test_a_trial_that_is_at_its_last_step_has_finished(make_trial: Callable[[Training], Trial], ends: Ends) -> None:
+    def train(log: PlayedLog) -> None:
+        assert log.asked_to_end.wait(60)
+        log.told.append(evaluation(12, 4.0))
+
+    trial = make_trial(train)
+    ends.end(RUN)
+    assert told(trial)[-1]["ended"] == "finished"
+
+
+def test_a_storage_that_does_not_answer_fails_the_trial_and_may_pass(
+    make_trial: Callable[[Training], Trial], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(config: Any) -> UPath:
+        raise ConfigError("run.storage = 's3://b': cannot be written (no answer); give a writable folder or URI")
+
+    monkeypatch.setattr(search_trial, "run_folder", refuse)
+    [end] = told(make_trial(lambda log: None))
+    assert (end["ended"], end["passing"]) == ("failed", True) and end["reason"].startswith("run.storage = 's3://b'")
+
+
+def test_what_may_pass(tmp_path: Path) -> None:
+    lease = Lease(UPath(tmp_path), Holder.here(os.getpid()))
+    with pytest.raises(ConfigError) as held:
+        Lease(UPath(tmp_path), Holder.here(os.getpid()))
+    write_json(UPath(tmp_path) / "lease" / "2.json", {})
+    with pytest.raises(TakenOver) as taken:
+        lease.check()
+    lease.release()
+    full = storage_error(OSError(errno.ENOSPC, "No space left on device"))
+    assert all(map(passes, (str(held.value), f"RuntimeError: {taken.value}", full)))
+    assert not any(map(passes, ("the loss is nan on sequences [3]", "out of GPU memory: …", "")))
