@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from longlora.attention import flash
+from longlora.attention import cudnn, flash
 
 FORWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -84,3 +84,25 @@ def emulated_flash(monkeypatch: pytest.MonkeyPatch) -> None:
     """flash-attn's extension, with the arguments of 2.8, on the CPU."""
     extension = SimpleNamespace(varlen_fwd=_varlen_fwd, varlen_bwd=_varlen_bwd)
     monkeypatch.setattr(flash, "_extension", lambda: extension)
+
+
+def _cudnn_forward(q, k, v, bias, with_log_sum_exp, dropout, causal, debug, *, scale):
+    assert bias is None and with_log_sum_exp and not dropout and causal and not debug
+    out, log_sum_exp = FORWARD(q, k, v, 0.0, True, scale=scale)
+    length = q.shape[2]
+    return out, log_sum_exp, None, None, length, length, torch.zeros(()), torch.zeros(()), None
+
+
+def _cudnn_backward(
+    grad_out, q, k, v, out, lse, seed, offset, bias, bounds_q, bounds_k, longest_q, longest_k, dropout, causal, *, scale
+):
+    assert bounds_q is None and bounds_k is None and bias is None and not dropout and causal
+    assert longest_q == longest_k == q.shape[2]
+    return BACKWARD(grad_out, q, k, v, out, lse, 0.0, True, scale=scale)
+
+
+@pytest.fixture
+def emulated_cudnn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's cuDNN operators, with the arguments of 2.11 and 2.15, on the CPU."""
+    monkeypatch.setattr(cudnn, "_forward", _cudnn_forward)
+    monkeypatch.setattr(cudnn, "_backward", _cudnn_backward)

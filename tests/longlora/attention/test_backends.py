@@ -1,6 +1,6 @@
 """Every backend against the oracle: outputs and all gradients, fp32 and bf16, on rows of random documents.
 
-varlen and flash run here on emulated kernels: that checks all but the kernels; test_gpu.py has those.
+varlen, cudnn and flash run here on emulated kernels: that checks all but the kernels; test_gpu.py has those.
 """
 
 import random
@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from longlora.attention import flash, sdpa, varlen
+from longlora.attention import cudnn, flash, sdpa, varlen
 from longlora.attention._function import Backend, SegmentedAttention
 from longlora.attention.reference import reference_attention, reference_mask
 from longlora.segments import plan_segments
@@ -20,14 +20,14 @@ HEAD_DIM = 8
 GROUP_SIZE = 8
 
 
-@pytest.fixture(params=["sdpa", "sdpa elsewhere", "varlen", "flash"])
+@pytest.fixture(params=["sdpa", "sdpa elsewhere", "varlen", "cudnn", "flash"])
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Backend:
     if request.param == "sdpa elsewhere":
         monkeypatch.setattr(sdpa, "_is_fused", lambda q: False)
         return sdpa
-    if request.param in ("varlen", "flash"):
+    if request.param in ("varlen", "cudnn", "flash"):
         request.getfixturevalue(f"emulated_{request.param}")
-    return {"sdpa": sdpa, "varlen": varlen, "flash": flash}[request.param]
+    return {"sdpa": sdpa, "varlen": varlen, "cudnn": cudnn, "flash": flash}[request.param]
 
 
 def random_documents(seed: int) -> list[int]:

@@ -1,0 +1,99 @@
+"""Which backend is chosen. That kernels are timed is tested on a GPU (test_gpu.py); what is timed is played here."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from longlora.attention import Shape, choose_backend, selection
+from longlora.attention import sdpa as right
+from longlora.segments import plan_segments
+
+ALONE, PACKED = plan_segments([8192], 2048), plan_segments([4000, 4192], 2048)
+CPU = Shape(torch.device("cpu"), torch.float32, 4, 2, 16)
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Shape:
+    """A GPU on which cuDNN takes 2 ms, torch's variable lengths 3 ms, and flash-attn is not installed."""
+    milliseconds = {"cudnn": 2.0, "varlen": 3.0}
+    for name in milliseconds:
+        monkeypatch.setattr(selection.BACKENDS[name], "refusal", lambda device, dtype, head_dim: None)
+    monkeypatch.setattr(selection, "_wrong", lambda backend, shape: None)
+    monkeypatch.setattr(
+        selection,
+        "_milliseconds",
+        lambda backend, *unused: next(t for name, t in milliseconds.items() if selection.BACKENDS[name] is backend),
+    )
+    selection._choose.cache_clear()
+    yield Shape(torch.device("cuda", 0), torch.bfloat16, 8, 8, 64)
+    selection._choose.cache_clear()
+
+
+def test_the_fastest_runs(gpu: Shape) -> None:
+    choice = choose_backend(gpu, ALONE)
+    assert (choice.name, choice.timed) == ("cudnn", {"cudnn": 2.0, "varlen": 3.0})
+    assert "cudnn 2.00 ms; varlen 3.00 ms" in str(choice)
+
+
+def test_packed_rows_go_to_kernels_with_variable_lengths(gpu: Shape) -> None:
+    choice = choose_backend(gpu, PACKED)
+    assert choice.name == "varlen"
+    assert choice.refused["cudnn"] == "is for rows of one document"
+    with pytest.raises(ValueError, match="'cudnn' cannot run here: is for rows of one document"):
+        choose_backend(gpu, PACKED, "cudnn")
+
+
+def test_a_kernel_that_computes_something_else_is_refused(gpu: Shape, monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = "its dk differs from the definition by 0.3 (relative)"
+    monkeypatch.setattr(
+        selection, "_wrong", lambda backend, shape: wrong if backend is selection.BACKENDS["cudnn"] else None
+    )
+    choice = choose_backend(gpu, ALONE)
+    assert (choice.name, choice.refused["cudnn"]) == ("varlen", wrong)
+
+
+def test_deterministic_runs_do_not_choose_by_the_clock(gpu: Shape, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    assert choose_backend(gpu, ALONE).timed == {}
+
+
+def scaled(factors: tuple[float, float, float, float]) -> Any:
+    """The backend that runs anywhere, with output, dq, dk and dv multiplied."""
+
+    def forward(q, k, v, segments, scale, out):
+        state = right.forward(q, k, v, segments, scale, out)
+        out.mul_(factors[0])
+        return state
+
+    def backward(grad_out, q, k, v, out, state, segments, scale, dq, dk, dv):
+        right.backward(grad_out, q, k, v, out / factors[0], state, segments, scale, dq, dk, dv)
+        for gradient, factor in zip((dq, dk, dv), factors[1:], strict=True):
+            gradient.mul_(factor)
+
+    return SimpleNamespace(forward=forward, backward=backward)
+
+
+@pytest.mark.parametrize(
+    ("factors", "part"),
+    [((1.1, 1, 1, 1), "output"), ((1, 1.1, 1, 1), "dq"), ((1, 1, 0.9, 1), "dk"), ((1, 1, 1, 0), "dv")],
+)
+def test_a_wrong_part_is_found(factors: tuple[float, float, float, float], part: str) -> None:
+    assert selection._wrong(right, CPU) is None
+    reason = selection._wrong(scaled(factors), CPU)
+    assert reason is not None and reason.startswith(f"its {part} differs from the definition by ")
+
+
+@pytest.mark.parametrize(
+    ("documents", "group_size", "uniform"),
+    [
+        ([8192], 2048, True),
+        ([102400], 8192, True),
+        ([8192], None, True),
+        ([8100], 2048, False),
+        ([4096, 4096], 2048, False),
+    ],
+)
+def test_rows_whose_shapes_repeat(documents: list[int], group_size: int | None, uniform: bool) -> None:
+    assert plan_segments(documents, group_size).uniform == uniform
