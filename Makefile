@@ -40,9 +40,9 @@ schema: setup  ## Write configs/schema.json, which editors read, from the typed 
 	$(BIN)/python -c "import json; from pipeline.config import json_schema; \
 	    print(json.dumps(json_schema(), indent=2, ensure_ascii=False))" > configs/schema.json
 
-lock:  ## Resolve pyproject.toml into requirements.lock anew (needs uv; flash-attn and gpu extras need a build)
+lock:  ## Resolve pyproject.toml into requirements.lock anew (needs uv; flash-attn is not in it: it needs a build)
 	uv pip compile pyproject.toml --output-file requirements.lock --upgrade --quiet --universal \
-	    --python-version 3.11 --generate-hashes --no-header --extra dev --extra s3 --extra gcs
+	    --python-version 3.11 --generate-hashes --no-header --extra dev --extra s3 --extra gcs --extra gpu
 
 $(BIN)/python:
 	@if command -v uv >/dev/null; then \
