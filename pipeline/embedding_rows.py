@@ -13,17 +13,23 @@ from torch import Tensor, nn
 
 from longlora.model import LongContextModel
 
+LEAST_ELEMENTS = 1 << 24
+"""Of embeddings for which it is worth it. DeepSpeed's buckets become smaller than they are, which costs small models
+more messages than it spares bytes: steps of a test model took several times as long."""
 DENSE_FROM = 0.5
 """Share of touched rows from which picking them out saves nothing."""
 
 
 def sparse_embedding(model: LongContextModel) -> nn.Parameter | None:
-    """The trained input embeddings, if a step touches only some of their rows: not where the output layer is tied."""
+    """The trained input embeddings, if they are large and a step touches only some of their rows.
+
+    Where the output layer is tied to them it touches every row.
+    """
     if getattr(model.causal_lm.config, "tie_word_embeddings", False):
         return None
     embeddings = (module for module in model.modules() if isinstance(module, nn.Embedding))
     weights = (weight for module in embeddings for weight in module.parameters())
-    return next((weight for weight in weights if weight.requires_grad), None)
+    return next((w for w in weights if w.requires_grad and w.numel() >= LEAST_ELEMENTS), None)
 
 
 class TouchedRows:
