@@ -31,8 +31,8 @@ soak: setup  ## Disturb real runs: the slow tests, and three kinds of chaos; 100
 	timeout 3000 $(BIN)/python -m pytest -m slow
 	timeout 3000 $(BIN)/python benchmarks/chaos.py --disturbances 6
 
-bench: setup  ## Time attention, the loop, logging, checkpoints, recoveries here: over an hour (context_use.py compares runs)
-	@status=0; for question in attention loop checkpoint recovery logging_cost; do \
+bench: setup  ## Attention, the loop, logging, Ray, checkpoints, recoveries, balance here: over an hour (context_use.py compares runs)
+	@status=0; for question in attention loop checkpoint recovery logging_cost ray_overhead balance; do \
 	    $(BIN)/python benchmarks/$$question.py || status=$$?; \
 	done; exit $$status
 

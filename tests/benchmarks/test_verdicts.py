@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks import attention, checkpoint, logging_cost, loop
+from benchmarks import attention, checkpoint, logging_cost, loop, ray_overhead
 
 
 @pytest.mark.parametrize(
@@ -34,6 +34,30 @@ def test_of_the_loop(bare: float, verdict: str) -> None:
 def test_of_logging(waited: float, verdict: str) -> None:
     rows = [{"seconds": 1.0, "waited": 0.0}, {"seconds": 1.0, "waited": waited}]
     assert logging_cost.judge(rows) == (pytest.approx(waited / 2), verdict)
+
+
+@pytest.mark.parametrize(
+    ("ray", "one", "verdicts"),
+    [
+        ([1.03, 1.03, 9.0], [1.86, 1.86, 1.86], ("PASS", "PASS")),  # a slow round decides nothing
+        ([1.04, 1.04, 1.04], [1.8, 1.8, 1.8], ("FAIL", "FAIL")),
+        ([1.0, 1.04, 1.06], [1.6, 1.84, 1.95], ("NOISE", "NOISE")),  # the rounds differ by more than is missed
+    ],
+)
+def test_of_ray(ray: list[float], one: list[float], verdicts: tuple[str, str]) -> None:
+    apart_and_torchrun = {"torchrun": {"step": 1.0}, "apart": {"step": 1.0}}
+    rounds = [{"ray": {"step": r}, "one": {"step": o}} | apart_and_torchrun for r, o in zip(ray, one, strict=True)]
+    judged = ray_overhead.judge(rounds)
+    assert (judged["verdict 1"], judged["verdict 2"]) == verdicts
+
+
+def test_contenders_with_other_losses_are_not_timed() -> None:
+    torchrun = {"losses": [7.0, 6.0], "priority": 0}
+    starts = {"torchrun": torchrun, "ray": torchrun, "one": torchrun | {"losses": [7.0, 6.00003]}}
+    assert ray_overhead.check_same(starts) == pytest.approx(5e-6)
+    for other in ({"losses": [7.0, 6.0001]}, {"losses": [7.0, float("nan")]}, {"priority": 15}):
+        with pytest.raises(SystemExit, match="ray"):
+            ray_overhead.check_same(starts | {"ray": torchrun | other})
 
 
 @pytest.mark.parametrize(
