@@ -1,5 +1,6 @@
 """A real S3 over HTTP, for all tests of what lies on object stores; MLflow runs, for those that compare."""
 
+import signal
 import uuid
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
@@ -10,6 +11,10 @@ from upath import UPath
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A shell that runs the tests in the background has Ctrl-C ignored by all that they start, where some send it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
