@@ -129,7 +129,7 @@ class DisturbedRun:
             if self.driver is None or self.driver.poll() is not None:
                 raise RuntimeError(f"waiting for {what}, the driver ended: {self.tail()}")
             if time.monotonic() > until:
-                raise RuntimeError(f"{what}: not in {timeout_s:.0f} s; {self.tail()}")
+                raise RuntimeError(f"{what}: not in {timeout_s:.0f} s; {self.story()}\n{self.tail()}")
             time.sleep(0.05)
 
     def tail(self) -> str:
@@ -147,6 +147,15 @@ class DisturbedRun:
     def events(self, name: str) -> list[Event]:
         """Those of the newest attempt."""
         return [line for line in self.newest()[1] if isinstance(line, Event) and line.event == name]
+
+    def all_events(self, name: str) -> list[Event]:
+        """The events of that name in all attempts."""
+        return [line for _, line in read_ledger(self.folder) if isinstance(line, Event) and line.event == name]
+
+    def story(self) -> str:
+        """What happened to the run, from its ledger: (attempt, event, step, cause), in order."""
+        events = [(attempt, line) for attempt, line in read_ledger(self.folder) if isinstance(line, Event)]
+        return " ".join(f"({n}, {line.event}, {line.step}, {line.details.get('cause', '')})" for n, line in events)
 
     def steps_since_start(self) -> tuple[int, int]:
         """(workers, steps that they have trained since they started); (0, 0) if none are in training."""

@@ -14,7 +14,7 @@ SETTINGS = {
     "workers": {"min": 1, "max": 2, "resources": SLOT, "resize_interval_s": 2},
     "checkpoint": {"every_steps": 50},
 }
-NOTICE_S = 8
+NOTICE_S = 15  # half of the shortest that a cloud gives
 
 
 @pytest.fixture
@@ -28,8 +28,8 @@ def lose(run: DisturbedRun, cluster: SpotCluster, notice: bool) -> None:
     leaving = cluster.nodes[-1]
     if notice:
         cluster.give_notice(leaving, NOTICE_S)
-        run.wait_for("a notice", lambda: bool(run.events("notice")))
-        run.wait_for("the deadline", lambda: bool(run.events("failure")))
+        run.wait_for("the deadline", lambda: bool(run.all_events("failure")))
+        assert run.all_events("notice"), run.story()
     cluster.remove(leaving)
     run.wait_for("one worker", lambda: run.trains(1))
     cluster.add()
