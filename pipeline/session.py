@@ -2,8 +2,10 @@
 
 import logging
 import os
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any, TypeVar
 
 from pipeline.config import REPOSITORY, Config
@@ -66,10 +68,20 @@ def ray_session(config: Config) -> Iterator[None]:
             runtime_env=environment,
             **quiet,
         )
+    signal.signal(signal.SIGTERM, _as_ctrl_c)  # in the place of Ray's own, which ends the driver at once
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _as_ctrl_c(number: int, frame: FrameType | None) -> None:
+    """SIGTERM, as `ray job stop` sends it, ends a run as Ctrl-C does: what has been trained is saved first.
+
+    The handler is called, not the signal sent: Ray starts a job's driver with SIGINT blocked.
+    """
+    handler = signal.getsignal(signal.SIGINT)
+    (handler if callable(handler) else signal.default_int_handler)(number, frame)
 
 
 def worker_environment(zero_stage: int) -> dict[str, str]:

@@ -42,9 +42,11 @@ def run_search(config: Config) -> int:
 
     wanted = wanted_packs(config)
     with ray_session(config):
-        packs = prepare(config, wanted)
         from pipeline.search import search
+        from pipeline.storage_probe import check_all_nodes
 
+        check_all_nodes(config)
+        packs = prepare(config, wanted)
         search(config, folder, packs)
     return 0
 
@@ -76,6 +78,9 @@ def _prepare_and_train(config: Config, folder: UPath, train: bool) -> None:
 
     wanted = wanted_packs(config)  # before Ray starts: a missing file is found in a second
     with ray_session(config):
+        from pipeline.storage_probe import check_all_nodes
+
+        check_all_nodes(config)
         if not train:
             prepare(config, wanted)
             return

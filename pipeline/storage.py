@@ -14,6 +14,7 @@ import fsspec
 from upath import UPath
 
 from pipeline.config import Config, ConfigError
+from pipeline.session import on_cluster
 
 # What fsspec connects with, in every process that imports this file. Listings are not kept: workers, other drivers
 # and other machines write as well. A store that refuses connections or asks to slow down is tried for about a minute
@@ -23,6 +24,13 @@ fsspec.config.conf["s3"] = {"config_kwargs": RETRIES, **fsspec.config.conf.get("
 fsspec.config.conf["gs"] = {**fsspec.config.conf.get("gs", {}), "use_listings_cache": False}
 fsspec.register_implementation("s3", "pipeline.s3.S3FileSystem", clobber=True, errtxt="s3:// needs s3fs: install it")
 
+NEEDS = {
+    "s3": "s3:// needs s3fs, credentials or a machine's role that may list, read, write and delete there, and a store "
+    "with conditional writes",
+    "gs": "gs:// needs gcsfs, and credentials or a service account that may list, read, write and delete there",
+    "": "a folder must be writable, shared by all nodes if there are several, and take hard links",
+}
+"""What each kind of storage asks for, said when it does not work."""
 METADATA = {"s3": "Metadata", "s3a": "Metadata", "gs": "metadata", "gcs": "metadata"}
 """What each file system calls an object's metadata when it writes one."""
 CONFLICT_WAIT_S = 0.2
@@ -37,8 +45,13 @@ class NoAnswer(OSError):
 def storage_root(config: Config) -> UPath:
     """`run.storage` as an absolute path; ConfigError if it cannot be written, listed or committed to."""
     text = config.run.storage
-    root = absolute_path(text)
+    if on_cluster() and "://" not in text and not os.path.isabs(os.path.expanduser(text)):
+        raise ConfigError(
+            f"run.storage = {text!r}: a relative path is another folder on each node, and a job's own is temporary; "
+            "give an absolute path that all nodes share, or a URI"
+        )
     try:
+        root = absolute_path(text)
         probe = root / f".probe-{uuid.uuid4().hex}"
         first, second = create_once(probe, b"longlora"), create_once(probe, b"again")
         found = probe.read_bytes() if probe in root.iterdir() else b""
@@ -48,9 +61,8 @@ def storage_root(config: Config) -> UPath:
         if found != b"longlora":
             raise OSError("what was written does not read back")
     except Exception as error:  # each kind of storage has errors of its own
-        raise ConfigError(
-            f"run.storage = {text!r}: cannot be written ({_words(error)}); give a writable folder or URI"
-        ) from None
+        needs = NEEDS.get(text.partition("://")[0] if "://" in text else "", "give a writable folder or URI")
+        raise ConfigError(f"run.storage = {text!r}: cannot be written ({words(error)}); {needs}") from None
     return root
 
 
@@ -66,7 +78,7 @@ def run_folder(config: Config) -> UPath:
 
 def storage_error(error: BaseException) -> str:
     """One line for an error of the run's storage that has outlasted all retries; empty for any other error."""
-    text, answer = _words(error), _answer(error)
+    text, answer = words(error), _answer(error)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
         return f"run.storage cannot be written: {text}; make room, the run goes on from its last checkpoint"
     refused = answer.get("HTTPStatusCode", 200) >= 300 and answer["Code"] not in ("404", "NoSuchKey")
@@ -77,7 +89,7 @@ def storage_error(error: BaseException) -> str:
 
 def one_line(error: BaseException) -> str:
     """An error in one line: what `storage_error` says of it, or its own words."""
-    return storage_error(error) or _words(error)
+    return storage_error(error) or words(error)
 
 
 def is_local(path: UPath) -> bool:
@@ -151,7 +163,7 @@ def _answer(error: BaseException) -> dict[str, Any]:
     return {**response.get("ResponseMetadata", {}), **response.get("Error", {})} if "Error" in response else {}
 
 
-def _words(error: BaseException) -> str:
+def words(error: BaseException) -> str:
     """An error in one line; of an object store, what it answered."""
     answer = _answer(error)
     text = f"{answer.get('Message')} ({answer['Code']})" if answer else str(error)

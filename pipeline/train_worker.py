@@ -5,10 +5,12 @@ import sys
 import ray
 import ray.train
 import torch
+from upath import UPath
 
 from pipeline.assignment import Assignment, FinalError
 from pipeline.config import ConfigError
 from pipeline.storage import storage_error
+from pipeline.storage_probe import check_here
 
 
 def train_worker(settings: dict[str, Assignment]) -> None:
@@ -21,6 +23,7 @@ def train_worker(settings: dict[str, Assignment]) -> None:
         sys.modules.setdefault("mlflow", None)  # type: ignore[arg-type]  # None makes the import fail, which it expects
         from pipeline.train_loop import train_loop  # DeepSpeed with it, for which the driver would wait in vain
 
+        check_here(UPath(assignment.run_folder))
         train_loop(assignment)
     except Exception as error:
         reason = final_reason(error)

@@ -86,6 +86,24 @@ def test_unwritable_storage_is_one_clear_line(tmp_path: Path) -> None:
         storage_root(config_of(str(file / "below")))
 
 
+@pytest.mark.parametrize(
+    ("text", "needs"),
+    [("s3://no-such-bucket/runs", "s3fs, credentials"), ("/proc/runs", "shared by all nodes"), ("s4://x/y", "or URI")],
+)
+def test_what_storage_needs_is_said(store: ObjectStore, text: str, needs: str) -> None:
+    with pytest.raises(ConfigError, match=r"run\.storage = .*cannot be written") as refused:
+        storage_root(config_of(text))
+    assert needs in str(refused.value)
+
+
+def test_a_relative_path_is_refused_in_a_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert storage_root(config_of("runs")) == UPath(tmp_path / "runs")
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:6379")
+    with pytest.raises(ConfigError, match=r"run\.storage = 'runs': a relative path is another folder on each node"):
+        storage_root(config_of("runs"))
+
+
 def test_a_probe_leaves_nothing_behind(tmp_path: Path, bucket: UPath) -> None:
     for root in (UPath(tmp_path), bucket / "runs"):
         assert storage_root(config_of(str(root))) == root
