@@ -4,9 +4,11 @@ Used by the benchmarks and the tests of elasticity. Node = raylet; a worker of a
 """
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -31,20 +33,25 @@ ENVIRONMENT = {"RAY_AUTH_MODE": "disabled", "RAY_worker_niceness": "0"}
 class SpotCluster:
     """A head that runs no workers, and nodes with room for one worker each. To be used in the main thread only."""
 
-    def __init__(self) -> None:
+    def __init__(self, dashboard_port: int = 0) -> None:
+        """dashboard_port: where the head takes jobs; 0 for no dashboard."""
         os.environ.update(ENVIRONMENT)
+        self.dashboard = {"include_dashboard": bool(dashboard_port), "dashboard_port": dashboard_port or None}
         self.start_head()
 
     def start_head(self) -> None:
         self.nodes: list[Any] = []
-        self.cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+        self.scratch = tempfile.mkdtemp(prefix="nodes-")  # short: a socket's path has 107 characters at most
+        self.cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, **self.dashboard})
 
     @property
     def address(self) -> str:
         return self.cluster.address
 
     def add(self) -> Any:
-        node = self.cluster.add_node(num_cpus=1, resources=SLOT)
+        # A folder of its own, as a machine has: nodes that share one replace each other's copy of a job's folder.
+        folder = tempfile.mkdtemp(dir=self.scratch)
+        node = self.cluster.add_node(num_cpus=1, resources=SLOT, temp_dir=folder)
         self.nodes.append(node)
         return node
 
@@ -76,6 +83,7 @@ class SpotCluster:
 
     def shutdown(self) -> None:
         self.cluster.shutdown()
+        shutil.rmtree(self.scratch, ignore_errors=True)
 
     def __enter__(self) -> Self:
         return self

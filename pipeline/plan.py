@@ -4,6 +4,7 @@ The model is built on the meta device. What its layers keep is counted there byt
 follows from a roofline (`longlora.roofline`).
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -23,6 +24,8 @@ HOUR = 3600
 ROUND = 1024  # tokens: contexts are looked for in multiples of it
 ADAM_BYTES = 28
 """Read and written a trained parameter: gradient, master, both moments."""
+SNAPSHOT_RATE = 1e10
+"""Bytes a second at which a save holds up a worker: 838 MB in 0.084 s (docs/reliability.md, its cost)."""
 RECOVERY_S = 120.0
 """From the loss of a machine to the next step with a 7B model, loading included; docs/reliability.md has the phases."""
 
@@ -45,10 +48,15 @@ class Memory:
 
 @dataclass(frozen=True)
 class Preemptions:
-    """Losses an hour of one machine with one worker, and seconds until the next step."""
+    """Losses an hour of one machine, with so many of the GPUs, and seconds until the next step."""
 
     per_hour: float
     recovery_s: float = RECOVERY_S
+    gpus_per_machine: int = 1
+
+    def a_second(self, workers: int) -> float:
+        """Losses among the machines of so many workers."""
+        return self.per_hour / HOUR * math.ceil(workers / self.gpus_per_machine)
 
 
 @dataclass(frozen=True)
@@ -89,10 +97,21 @@ class Plan:
 
     def seconds_with(self, preemptions: Preemptions) -> float:
         """Each loss costs the recovery and, without a notice, half of the steps between two checkpoints."""
-        losses_a_second = preemptions.per_hour / HOUR * self.workers
         lost = preemptions.recovery_s + self.step_s * self.checkpoint_steps / 2
-        share = losses_a_second * lost
+        share = preemptions.a_second(self.workers) * lost
         return float("inf") if share >= 1 else self.seconds / (1 - share)
+
+    def best_checkpoint_steps(self, preemptions: Preemptions) -> int:
+        """Steps between checkpoints that waste least, between what saves hold up and what losses undo.
+
+        √(2 × save × time between losses), by Young: "A first order approximation to the optimum checkpoint interval"
+        (1974).
+        """
+        losses = preemptions.a_second(self.workers)
+        if not losses:
+            return self.steps
+        save_s = self.checkpoint_bytes / self.workers / SNAPSHOT_RATE
+        return min(max(round(math.sqrt(2 * save_s / losses) / self.step_s), 1), self.steps)
 
     def cost(self, price: float, preemptions: Preemptions | None = None) -> float:
         """At `price` per GPU-hour."""

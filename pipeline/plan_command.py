@@ -18,6 +18,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--preemptions", type=float, default=0.05, metavar="X", help="losses of a spot machine an hour (default: 0.05)"
     )
+    parser.add_argument(
+        "--gpus-per-machine", type=int, default=1, metavar="N", help="which are lost together (default: 1)"
+    )
     parser.add_argument("--sweep", metavar="KEY=A,B,…", help="a plan for each value, e.g. context.length=8k,32k,100k")
     parser.add_argument("--plot", metavar="FILE", help="picture of a sweep (default: plan-<KEY>.png)")
     parser.add_argument("--json", action="store_true", help="print JSON and nothing else")
@@ -30,6 +33,8 @@ def plan(options: argparse.Namespace) -> int:
     config = load_config(options.config, options.overrides)
     if options.workers is not None and options.workers < 1:
         raise ConfigError(f"--workers {options.workers}: it must be at least 1")
+    if options.gpus_per_machine < 1:
+        raise ConfigError(f"--gpus-per-machine {options.gpus_per_machine}: it must be at least 1")
     if not options.sweep:
         return _one(config, options)
     key, _, values = options.sweep.partition("=")
@@ -41,10 +46,9 @@ def plan(options: argparse.Namespace) -> int:
 def _one(config: Config, options: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from pipeline.plan import Preemptions
     from pipeline.plan_report import plan_json, plan_table
 
-    made, preemptions = _made(config, options, {}), Preemptions(options.preemptions)
+    made, preemptions = _made(config, options, {}), _preemptions(options)
     if options.json:
         print(json.dumps(plan_json(made, _prices(options), preemptions), indent=2))
     else:
@@ -56,14 +60,13 @@ def _sweep(key: str, values: list[Any], options: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.progress import track
 
-    from pipeline.plan import Preemptions
     from pipeline.plan_report import draw_sweep, plan_json, sweep_table
 
     counted: dict[str, Any] = {}
     configs = [load_config(options.config, [*options.overrides, f"{key}={value}"]) for value in values]
     shown = track(configs, "planning", transient=True, disable=options.json)
     plans = list(zip(values, [_made(config, options, counted) for config in shown], strict=True))
-    prices, preemptions = _prices(options), Preemptions(options.preemptions)
+    prices, preemptions = _prices(options), _preemptions(options)
     if options.json:
         print(json.dumps([{key: value} | plan_json(made, prices, preemptions) for value, made in plans], indent=2))
     else:
@@ -84,6 +87,12 @@ def _made(config: Config, options: argparse.Namespace, counted: dict[str, Any]) 
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"model {config.model.base or 'architecture'}: {reason}") from None
+
+
+def _preemptions(options: argparse.Namespace) -> Any:
+    from pipeline.plan import Preemptions
+
+    return Preemptions(options.preemptions, gpus_per_machine=options.gpus_per_machine)
 
 
 def _prices(options: argparse.Namespace) -> dict[str, float]:

@@ -43,6 +43,7 @@ def plan_json(plan: Plan, prices: Prices, preemptions: Preemptions) -> dict[str,
         "hours_with_preemptions": _finite(plan.seconds_with(preemptions) / HOUR),
         "checkpoint_gib": plan.checkpoint_bytes / GIB,
         "checkpoint_every_steps": plan.checkpoint_steps,
+        "checkpoint_best_steps": plan.best_checkpoint_steps(preemptions),
         "cost": _costs(plan, prices, preemptions),
     }
 
@@ -77,7 +78,7 @@ def plan_table(plan: Plan, prices: Prices, preemptions: Preemptions) -> Table:
         "run": f"{plan.steps:,} steps, {_time(plan.seconds)}",
         f"· {preemptions.per_hour:g} losses a machine and hour": _time(plan.seconds_with(preemptions)),
         "checkpoint": f"{plan.checkpoint_bytes / GIB:.2f} GiB every {plan.checkpoint_steps} steps "
-        f"({_time(plan.checkpoint_steps * plan.step_s)})",
+        f"({_time(plan.checkpoint_steps * plan.step_s)}); {plan.best_checkpoint_steps(preemptions)} would waste least",
     }
     costs = _costs(plan, prices, preemptions)
     rows |= {f"cost, {name.replace('_', '-')}": f"{cost:,.2f}" for name, cost in costs.items()}

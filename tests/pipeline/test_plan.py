@@ -99,6 +99,23 @@ def test_time_and_money(plan_of) -> None:
     assert plan.cost(3.6, preemptions) > plan.cost(3.6)
     assert plan.seconds_with(Preemptions(per_hour=10)) == float("inf")
     assert plan_json(plan, {}, Preemptions(10))["hours_with_preemptions"] is None
+    # Both workers on one machine: half the losses.
+    together = Preemptions(per_hour=0.1, recovery_s=120, gpus_per_machine=2)
+    assert plan.seconds_with(together) == pytest.approx(10_000 / (1 - 420 / 36_000))
+
+
+def test_the_best_checkpoint_interval_wastes_least(plan_of) -> None:
+    plan, preemptions = replace(plan_of(workers=2), step_s=1.0, checkpoint_bytes=2 * 10**10), Preemptions(per_hour=0.1)
+    # A save holds up 1 s (10 GB a worker at 10 GB/s); a loss each 18,000 s.
+    best = plan.best_checkpoint_steps(preemptions)
+    assert best == round((2 * 1.0 * 18_000) ** 0.5) == 190
+
+    def wasted(steps: int) -> float:
+        return 1.0 / steps + steps / 2 / 18_000  # saves, and what a loss undoes, in seconds per second
+
+    assert wasted(best) < min(wasted(best // 2), wasted(2 * best))
+    assert replace(plan, step_s=1000.0).best_checkpoint_steps(preemptions) == 1
+    assert plan.best_checkpoint_steps(Preemptions(0.0)) == plan.steps
 
 
 def test_more_workers_take_less_time_until_each_has_one_row(plan_of) -> None:
