@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 import ray
+from ray.autoscaler.v2.utils import is_autoscaler_v2
 
 from pipeline.config import Config, ConfigError
 from pipeline.session import uses_gpu
@@ -13,6 +14,12 @@ ACCELERATOR = "accelerator_type:"  # and Ray's name of the GPU, as a resource of
 
 def check_resources(config: Config) -> None:
     """ConfigError if a worker asks for what no node of this Ray has, and no autoscaler can bring."""
+    if _may_grow():
+        if config.workers.gpus == "auto" and not uses_gpu(config):
+            raise ConfigError(
+                "workers.gpus = 'auto': nodes may come, and none with a GPU is there to tell; give 0 or 1"
+            )
+        return
     bound = _autoscaler_bound() or {}
     for name, amount in worker_resources(config).items():
         largest = max((node.get(name, 0) for node in _nodes()), default=0)
@@ -43,11 +50,15 @@ def check_memory(config: Config) -> None:
 
 
 def room_for_workers(config: Config) -> int:
-    """Workers that the cluster holds when it is empty, at the size that its autoscaler may bring it to."""
+    """Workers that the cluster holds when it is empty, at the size that its autoscaler may bring it to.
+
+    An autoscaler whose limits are not known is taken to bring what is asked for: one run, or the trials at once.
+    """
     wanted = _wanted(config)
     now = sum(_fits(node, wanted) for node in _nodes())
     bound = _autoscaler_bound()
-    return max(now, _fits(bound, wanted) if bound else 0)
+    asked = config.workers.min * (config.search.concurrent or 1) if _may_grow() else 0
+    return max(now, _fits(bound, wanted) if bound else 0, asked)
 
 
 class LargestCluster:
@@ -94,5 +105,10 @@ def _nodes() -> list[Resources]:
 
 
 def _autoscaler_bound() -> Resources | None:
-    """What an autoscaler may bring in all; None without one."""
+    """What an autoscaler may bring in all; None without one, and where it does not tell."""
     return ray._private.state.state.get_max_resources_from_cluster_config()
+
+
+def _may_grow() -> bool:
+    """Whether there is an autoscaler that does not tell its limits: of `ray up` and KubeRay, in Ray 2.60, none does."""
+    return is_autoscaler_v2(fetch_from_server=True) and _autoscaler_bound() is None

@@ -120,7 +120,8 @@ def test_nodes_go_and_come_under_a_job(
     client = MlflowClient(server.uri)
     found = client.get_run(read_json(run.folder / "run.json")["mlflow_run_id"])
     points = client.get_metric_history(found.info.run_id, "train/loss")
-    assert found.info.status == "FINISHED" and sorted(point.step for point in points) == list(range(STEPS))
+    assert found.info.status == "FINISHED", job.logs()
+    assert sorted(point.step for point in points) == list(range(STEPS))
     assert "eval/perplexity_512" in found.data.metrics
 
 
