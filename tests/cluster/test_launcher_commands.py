@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import resource
 import shlex
 import signal
 import socket
@@ -13,6 +14,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -166,8 +168,14 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
-def listening(process: psutil.Process) -> set[tuple[str, int]]:
-    return {tuple(link.laddr) for link in process.net_connections("tcp") if link.status == psutil.CONN_LISTEN}
+def listeners(node: Path) -> set[tuple[str, int]]:
+    """Addresses and ports at which the node's processes take connections."""
+    places = set()
+    for process in processes_of(node):
+        with suppress(psutil.NoSuchProcess):
+            links = process.net_connections("tcp")
+            places |= {tuple(link.laddr) for link in links if link.status == psutil.CONN_LISTEN}
+    return places
 
 
 def http_status(url: str, token: str | None = None) -> int:
@@ -208,7 +216,7 @@ def started(launcher: Launcher, node: Path) -> Iterator[dict[str, Any]]:
     }
     ip = get_node_ip_address()
     with tempfile.TemporaryDirectory() as short:  # paths of sockets have 107 characters at most
-        variables = {"RAY_TMPDIR": short, "RAY_HEAD_IP": ip, "RAY_raylet_start_wait_time_s": "120"}
+        variables = {"RAY_TMPDIR": short, "RAY_HEAD_IP": ip}
         of_head = {
             "RAY_enable_autoscaler_v2": "1",
             "RAY_CLOUD_INSTANCE_ID": settings["provider"]["head_ip"],
@@ -251,29 +259,25 @@ def test_a_cluster_of_ones_own_machines_starts_closed(node: Path, started: dict[
     assert worker["CPU"] == os.cpu_count()
 
     status = run(f"ray status --address {started['address']}", node, **started["variables"])
-    print(status.stdout)
     assert status.returncode == 0 and f"/{os.cpu_count()}.0 CPU" in status.stdout, status.stdout
-    token = node / ".ray" / "auth_token"
-    right = token.read_text(encoding="utf-8")
-    for wrong in ("f" * 64, None):
-        token.unlink() if wrong is None else token.write_text(wrong, encoding="utf-8")
-        refused = run(f"ray status --address {started['address']}", node, **started["variables"])
+    assert f"1 {LOCAL_CLUSTER_NODE_TYPE}\n" in status.stdout, "the autoscaler knows that its head runs"
+    right = (node / ".ray" / "auth_token").read_text(encoding="utf-8")
+    for other in (f"RAY_AUTH_TOKEN={'f' * 64}", f"HOME={node}/scratch"):  # a wrong token, none
+        refused = run(f"{other} ray status --address {started['address']}", node, **started["variables"])
         assert refused.returncode != 0 and "oken" in refused.stdout, refused.stdout
 
     jobs = f"http://127.0.0.1:{started['dashboard']}/api/jobs/"
-    assert [http_status(jobs), http_status(jobs, "f" * 64), http_status(jobs, right)] == [401, 403, 200]
-    wait_for(lambda: any(port == started["mlflow"] for _, port in every_listener(node)))
-    places = {ip for ip, port in every_listener(node) if port in (started["dashboard"], started["mlflow"])}
+    assert [http_status(jobs), http_status(jobs, "f" * 64)] == [401, 403]
+    wait_for(lambda: http_status(jobs, right) == 200)
+    wait_for(lambda: any(port == started["mlflow"] for _, port in listeners(node)))
+    places = {ip for ip, port in listeners(node) if port in (started["dashboard"], started["mlflow"])}
     assert places == {"127.0.0.1"}
 
     raylets = [process for process in processes_of(node) if process.name() == "raylet"]
     assert len(raylets) == 2
+    soft_limit, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)
     for raylet in raylets:
         assert "OMP_NUM_THREADS" not in raylet.environ()
         assert raylet.environ()["NCCL_DEBUG"] == "WARN"
-        assert raylet.rlimit(psutil.RLIMIT_NOFILE)[0] == 65536
-        assert f'"{node}/scratch/spilled' in " ".join(raylet.cmdline())
-
-
-def every_listener(node: Path) -> set[tuple[str, int]]:
-    return {place for process in processes_of(node) for place in listening(process)}
+        assert raylet.rlimit(psutil.RLIMIT_NOFILE)[0] == (65536 if hard_limit >= 65536 else soft_limit)
+        assert f"--fallback_directory={node}/scratch/spilled" in raylet.cmdline()
