@@ -5,7 +5,6 @@ import os
 import re
 import resource
 import shlex
-import signal
 import socket
 import subprocess
 import sys
@@ -129,8 +128,16 @@ def processes_of(home: Path) -> list[psutil.Process]:
 def node(home: Path) -> Iterator[Path]:
     """A home folder; whatever was started there is ended."""
     yield home
-    for process in processes_of(home):
-        process.send_signal(signal.SIGKILL)
+    end(home)
+
+
+def end(home: Path) -> None:
+    """Ends what was started there; again, until nothing has started something else meanwhile."""
+    while left := processes_of(home):
+        for process in left:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(left, timeout=10)
 
 
 def wait_for(condition: Callable[[], Any], seconds: float = 60) -> Any:
@@ -236,8 +243,7 @@ def started(launcher: Launcher, node: Path) -> Iterator[dict[str, Any]]:
             "mlflow": mlflow,
             "variables": variables,
         }
-        for process in processes_of(node):
-            process.kill()
+        end(node)
 
 
 def nodes_of(node: Path, started: dict[str, Any]) -> list[dict[str, float]]:
@@ -252,7 +258,6 @@ def nodes_of(node: Path, started: dict[str, Any]) -> list[dict[str, float]]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_a_cluster_of_ones_own_machines_starts_closed(node: Path, started: dict[str, Any]) -> None:
     head, worker = sorted(nodes_of(node, started), key=lambda resources: resources.get("CPU", 0))
     assert (head.get("CPU", 0), head.get("GPU", 0), head["lifecycle"]) == (0, 0, "on-prem")
