@@ -42,7 +42,7 @@ schema: setup  ## Write configs/schema.json, which editors read, from the typed 
 
 lock:  ## Resolve pyproject.toml into requirements.lock anew (needs uv; flash-attn is not in it: it needs a build)
 	uv pip compile pyproject.toml --output-file requirements.lock --upgrade --quiet --universal \
-	    --python-version 3.11 --generate-hashes --no-header --extra dev --extra s3 --extra gcs --extra gpu
+	    --python-version 3.11 --generate-hashes --no-header --extra dev --extra s3 --extra gcs --extra postgres --extra gpu
 
 $(BIN)/python:
 	@if command -v uv >/dev/null; then \

@@ -28,7 +28,7 @@ RAY_FREE = (
     "timeline",
     "audit",
 )  # pure parts, usable and testable without a cluster
-LOCKED_EXTRAS = ("s3", "gcs", "dev")
+LOCKED_EXTRAS = ("s3", "gcs", "postgres", "gpu", "dev")
 
 
 @cache
