@@ -8,6 +8,9 @@ export PATH="$HOME/venv/bin:$PATH"
 # with this a node that lacks it does not start.
 export RAY_AUTH_MODE=token
 
+# `ray job stop` kills a driver after 3 seconds; a run ends when its workers have saved the step that they are in.
+export RAY_JOB_STOP_WAIT_TIME_S=600
+
 # Base models have up to 140 GB: on the local disk they load in minutes, and the root disk stays small.
 export HF_HUB_CACHE="$HOME/scratch/huggingface"
 
