@@ -45,21 +45,19 @@ class Head:
         assert done.returncode == 0, done.stdout
         return done.stdout
 
-    def wait_until_up(self) -> None:
+    def submit(self, folder: Path, job: str, *command: str) -> None:
+        """Sends the job as soon as the head, which has just been started, takes jobs."""
+        sent = ("job", "submit", "--no-wait", "--submission-id", job, "--working-dir", ".", "--", *command)
         until = time.monotonic() + JOB_TIMEOUT_S
         while True:
             try:
-                self.ray("job", "list")
+                self.ray(*sent, folder=folder)
                 return
-            except AssertionError:
-                if time.monotonic() > until:
+            except AssertionError as error:
+                unready = any(text in str(error) for text in ("No available agent", "Failed to connect"))
+                if not unready or time.monotonic() > until:
                     raise
                 time.sleep(1)
-
-    def submit(self, folder: Path, job: str, *command: str) -> None:
-        self.ray(
-            "job", "submit", "--no-wait", "--submission-id", job, "--working-dir", ".", "--", *command, folder=folder
-        )
 
     def status(self, job: str) -> str:
         """A sentence: the job is still running, succeeded, failed or was stopped."""
@@ -96,9 +94,7 @@ def head() -> Iterator[Head]:
     with open(Path(scratch, "start.log"), "wb") as output:
         process = subprocess.Popen(command, env=own, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
     try:
-        head = Head(environment)
-        head.wait_until_up()
-        yield head
+        yield Head(environment)
     finally:
         started = psutil.Process(process.pid).children(recursive=True)
         process.terminate()
@@ -138,10 +134,16 @@ def test_a_job_is_sent_tracked_files_only_and_few(checkout: Path, tmp_path: Path
 
 
 @pytest.mark.timeout(900)
-def test_stopped_and_submitted_again(head: Head, checkout: Path, make_run: Callable) -> None:
-    made = make_run("book", optimization={"steps": STEPS}, checkpoint={"every_steps": 2 * STEPS})
+def test_stopped_and_submitted_again(head: Head, checkout: Path, make_run: Callable, tmp_path: Path) -> None:
+    made = make_run(
+        "book",
+        optimization={"steps": STEPS},
+        checkpoint={"every_steps": 2 * STEPS},
+        evaluation={"lengths": [64, 128], "tokens": 1024},
+        data={"train": [str(tmp_path / "book.txt")], "validation": [str(tmp_path / "book.txt")]},
+    )
     shutil.copy(made.config, checkout / "book.yaml")
-    line = ("python", "pipeline/main.py", "train", "--config", "book.yaml")
+    line = ("python", "pipeline/main.py", "--config", "book.yaml")
     run = DisturbedRun(made.config, made.folder)
 
     head.submit(checkout, "first", *line)
@@ -157,5 +159,6 @@ def test_stopped_and_submitted_again(head: Head, checkout: Path, make_run: Calla
     [start] = run.events("start")
     assert start.details["checkpoint"] == f"step-{saved.step}"
     assert f"step {STEPS}/{STEPS}" in head.ray("job", "logs", "second")
+    assert (made.folder / "export" / "model.safetensors").exists()
     result = audit_run(load_config(made.config), made.folder)
     assert result.whole and result.redone == 0 and result.committed == STEPS

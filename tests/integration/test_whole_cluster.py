@@ -57,10 +57,17 @@ class Job:
     def __init__(self, cluster: SpotCluster, folder: Path, run: DisturbedRun) -> None:
         self.client = JobSubmissionClient(f"http://127.0.0.1:{cluster.dashboard['dashboard_port']}")
         self.run = run
-        self.id = self.client.submit_job(
-            entrypoint=f"python pipeline/main.py run --config {run.config.name}",
-            runtime_env={"working_dir": str(folder)},
-        )
+        self.id = self._submit(f"python pipeline/main.py run --config {run.config.name}", folder)
+
+    def _submit(self, entrypoint: str, folder: Path) -> str:
+        until = time.monotonic() + WAIT_S
+        while True:
+            try:
+                return self.client.submit_job(entrypoint=entrypoint, runtime_env={"working_dir": str(folder)})
+            except RuntimeError as error:  # the head has just been started
+                if "No available agent" not in str(error) or time.monotonic() > until:
+                    raise
+                time.sleep(1)
 
     def wait_for(self, what: str, condition: Callable[[], bool]) -> None:
         """AssertionError, with what has happened to the run, if the job ends first or it takes too long."""
