@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import psutil
+from ray._private import ray_constants
 from ray._raylet import GcsClient
 from ray.cluster_utils import Cluster
 from ray.core.generated import autoscaler_pb2
@@ -24,8 +25,9 @@ from pipeline.ledger import Event, StepRecord, newest_attempt, read_ledger
 
 SLOT = {"slot": 1}
 WAIT_S = 300.0
-# On loopback, for the length of a test. Workers at the default niceness of 15 would wait for anything else here.
-ENVIRONMENT = {"RAY_AUTH_MODE": "disabled", "RAY_worker_niceness": "0"}
+# No token, so on loopback alone, as in `pipeline/session.py`: here for drivers, below for this process. Workers at the
+# default niceness of 15 would wait for anything else here.
+ENVIRONMENT = {"RAY_AUTH_MODE": "disabled", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_worker_niceness": "0"}
 
 
 class SpotCluster:
@@ -33,6 +35,7 @@ class SpotCluster:
 
     def __init__(self) -> None:
         os.environ.update(ENVIRONMENT)
+        ray_constants.ENABLE_RAY_CLUSTER = False
         self.start_head()
 
     def start_head(self) -> None:
