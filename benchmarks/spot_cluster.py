@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import psutil
+from ray._private import ray_constants
 from ray._raylet import GcsClient
 from ray.cluster_utils import Cluster
 from ray.core.generated import autoscaler_pb2
@@ -26,8 +27,9 @@ from pipeline.ledger import Event, StepRecord, newest_attempt, read_ledger
 
 SLOT = {"slot": 1}
 WAIT_S = 300.0
-# On loopback, for the length of a test. Workers at the default niceness of 15 would wait for anything else here.
-ENVIRONMENT = {"RAY_AUTH_MODE": "disabled", "RAY_worker_niceness": "0"}
+# No token, so on loopback alone, as in `pipeline/session.py`: here for drivers, below for this process. Workers at the
+# default niceness of 15 would wait for anything else here.
+ENVIRONMENT = {"RAY_AUTH_MODE": "disabled", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_worker_niceness": "0"}
 
 
 class SpotCluster:
@@ -37,6 +39,7 @@ class SpotCluster:
         """dashboard_port: where the head takes jobs; 0 for no dashboard."""
         os.environ.update(ENVIRONMENT)
         self.dashboard = {"include_dashboard": bool(dashboard_port), "dashboard_port": dashboard_port or None}
+        ray_constants.ENABLE_RAY_CLUSTER = False
         self.start_head()
 
     def start_head(self) -> None:

@@ -11,14 +11,18 @@ def merged_model(base: str | PreTrainedModel, adapter_folder: str | Path) -> Pre
 
     base: folder or hub name, or a model that is already extended (it is changed in place). adapter_folder: an adapter
     in PEFT's form with the *extended* `config.json` beside it. Weights keep the base's type.
-    Raises ValueError if the folder has no config, or if a given base reads positions otherwise than the adapter's.
+    Raises ValueError if the folder lacks either, or if a given base reads positions otherwise than the adapter's.
     """
     folder = Path(adapter_folder)
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} has no config.json: the extended model config belongs beside the adapter")
-    extended = AutoConfig.from_pretrained(folder)
+    if not (folder / "adapter_model.safetensors").is_file():  # PEFT would go on to a pickle
+        raise ValueError(f"{folder} has no adapter_model.safetensors: adapters in any other form are not loaded")
+    extended = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if isinstance(base, str):
-        base = AutoModelForCausalLM.from_pretrained(base, config=extended, dtype="auto", use_safetensors=True)
+        base = AutoModelForCausalLM.from_pretrained(
+            base, config=extended, dtype="auto", use_safetensors=True, trust_remote_code=False
+        )
     elif base.config.rope_parameters != extended.rope_parameters:
         raise ValueError(
             f"the base's rotary positions {base.config.rope_parameters} differ from those that the adapter was trained "

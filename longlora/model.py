@@ -119,7 +119,7 @@ def build_base(
     if device == "meta" or name_or_path is None:
         with torch.device(device), torch.random.fork_rng(devices=[]):
             torch.manual_seed(init_seed)
-            model = AutoModelForCausalLM.from_config(config, **options)
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, **options)
     else:
         model = _load(name_or_path, config, revision, options)
     if fuse and fused.refusal(config.model_type, "meta" if device == "meta" else "cuda") is None:
@@ -225,7 +225,7 @@ def _base_config(
         raise ValueError("give exactly one of a model folder or name and a model config")
     try:
         if model_config is None:
-            return AutoConfig.from_pretrained(cast(str, name_or_path), revision=revision)
+            return AutoConfig.from_pretrained(cast(str, name_or_path), revision=revision, trust_remote_code=False)
         settings = dict(model_config)
         family = settings.pop("model_type", None)
         if family not in CONFIG_MAPPING:
@@ -270,7 +270,13 @@ def _load(
 ) -> PreTrainedModel:
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            name_or_path, config=config, revision=revision, use_safetensors=True, output_loading_info=True, **options
+            name_or_path,
+            config=config,
+            revision=revision,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            **options,
         )
     except OSError as error:
         raise ValueError(f"model {name_or_path!r} cannot be loaded: {_one_line(error)}") from error

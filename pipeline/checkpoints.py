@@ -43,6 +43,7 @@ Files = dict[str, dict[str, int | str]]
 STEP_FOLDER = re.compile(r"step-(\d+)$")
 FORMAT = 2
 OTHER_VERSION = "format"
+FILE = re.compile(r"(adapter_)?(model\.safetensors|config\.json)|state\.json|optimizer-\d+-of-\d+\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -171,6 +172,9 @@ def damage(folder: UPath, contents: bool = True) -> str:
                 return f"{MANIFEST} differs from state.json"
             return f"{OTHER_VERSION} {manifest['format']}, this version reads {FORMAT}"
         files = manifest["files"]
+        for name in files:
+            if not FILE.fullmatch(name):
+                return f"{name!r} is no file of a checkpoint"
         with ThreadPoolExecutor() as pool:  # one core hashes more slowly than a disk reads
             differ = pool.map(lambda name: _differs(folder / name, files[name], contents), files)
             for name in compress(files, differ):

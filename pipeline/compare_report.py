@@ -59,10 +59,10 @@ def comparison_csv(runs: Sequence[ComparedRun], chosen: Sequence[str]) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     heads = ["run_id", "name", "status", "parent_run_id", *settings, *(column.title for column in metrics)]
-    writer.writerow(map(_no_formula, heads))
+    writer.writerow(map(no_formula, heads))
     for number, run in enumerate(runs):
         row = [run.run_id, run.name, run.status, run.parent, *(values[number] for values in settings.values())]
-        writer.writerow([*map(_no_formula, row), *(column.values[number] for column in metrics)])
+        writer.writerow([*map(no_formula, row), *(column.values[number] for column in metrics)])
     return text.getvalue()
 
 
@@ -70,6 +70,17 @@ def shortened(text: str) -> str:
     """In one line of at most 40 characters, none of which could control the terminal."""
     text = "".join(character if character.isprintable() else "�" for character in text)
     return text if len(text) <= LONGEST_CELL else text[: LONGEST_CELL - 1] + "…"
+
+
+def no_formula(value: str | None) -> str | None:
+    """A cell's text, with an apostrophe in front if a spreadsheet would take it for a formula."""
+    if not value or not value.startswith(FORMULA):
+        return value
+    try:
+        float(value)
+    except ValueError:
+        return "'" + value
+    return value
 
 
 def _side_by_side(
@@ -138,13 +149,3 @@ def _setting(value: str | None) -> Text:
 
 def _metric(column: Column, run: int) -> Text:
     return Text(column.text(run), style="bold green" if column.best(run) else "")
-
-
-def _no_formula(value: str | None) -> str | None:
-    if not value or not value.startswith(FORMULA):
-        return value
-    try:
-        float(value)
-    except ValueError:
-        return "'" + value
-    return value

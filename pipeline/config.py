@@ -57,8 +57,8 @@ class Config(Section):
     @model_validator(mode="after")
     def no_secrets(self) -> Self:
         """What a config says is saved with the run and shown in MLflow."""
-        for key in ("run.storage", "data.train", "data.validation", "tracking.tags"):
-            if SECRET.search(str(self.flat()[key])):
+        for key, value in self.flat().items():
+            if SECRET.search(str(value)):
                 raise ValueError(
                     f"{key} has credentials in a URI: put them into the environment (AWS_ACCESS_KEY_ID, …)"
                 )
@@ -104,7 +104,12 @@ class Config(Section):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-SECRET = re.compile(r"://[^/@\s]*:(?!\d+/)[^@\s]*@")  # s3://key:secret@bucket; a secret may hold slashes
+SECRET = re.compile(
+    r"://[^/@\s]*:(?!\d+/)[^@\s]*@"  # s3://key:secret@bucket; a secret may hold slashes
+    r"|https?://[^/@\s]+@"  # https://token@host
+    r"|://\S*[?&][\w-]*(signature|\bsig|token|secret|password|credential)=",  # of a signed URL
+    re.IGNORECASE,
+)
 DECISIVE_SECTIONS = {"model", "context", "attention", "adapter", "optimization"}
 PATHS = {"model.base", "model.tokenizer", "model.revision"}
 MACHINE = {"model.activations", "model.fused"}  # how a machine computes, not what

@@ -74,8 +74,10 @@ def load(model: str) -> Loaded:
         elif (folder / "adapter_config.json").exists():
             network, tokenizer = _from_adapter(Path(model))
         else:
-            network = AutoModelForCausalLM.from_pretrained(model, dtype="auto", use_safetensors=True)
-            tokenizer = AutoTokenizer.from_pretrained(model)
+            network = AutoModelForCausalLM.from_pretrained(
+                model, dtype="auto", use_safetensors=True, trust_remote_code=False
+            )
+            tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     except (OSError, ValueError) as error:
         if isinstance(error, ConfigError):
             raise
@@ -91,4 +93,4 @@ def _from_run(run: UPath, checkpoint: UPath) -> Loaded:
 def _from_adapter(folder: Path) -> Loaded:
     """An adapter that left its run: its own config says which base it belongs to."""
     base = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
-    return merged_model(base, folder), AutoTokenizer.from_pretrained(base)
+    return merged_model(base, folder), AutoTokenizer.from_pretrained(base, trust_remote_code=False)

@@ -43,7 +43,9 @@ def placed(model: PreTrainedModel) -> PreTrainedModel:
 
 def published_config(config: Config) -> PreTrainedConfig:
     """The transformers config of `model.base` as published."""
-    return AutoConfig.from_pretrained(local_path(config.model.base or ""), revision=config.model.revision)
+    return AutoConfig.from_pretrained(
+        local_path(config.model.base or ""), revision=config.model.revision, trust_remote_code=False
+    )
 
 
 def native_length(config: Config) -> int:
@@ -110,13 +112,13 @@ def trained_model(config: Config, checkpoint: UPath) -> PreTrainedModel:
         if (folder / "adapter_config.json").exists():
             return merged_model(extended_base(config), folder)
         dtype = getattr(torch, config.model.dtype)
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True)
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, trust_remote_code=False)
 
 
 def tokenizer_of(config: Config) -> PreTrainedTokenizerBase:
     source = config.model.tokenizer_source
     revision = config.model.revision if source == config.model.base else None
-    return AutoTokenizer.from_pretrained(local_path(source), revision=revision)
+    return AutoTokenizer.from_pretrained(local_path(source), revision=revision, trust_remote_code=False)
 
 
 @contextmanager

@@ -201,7 +201,10 @@ class Packs:
     def _open_shard(self, shard: int) -> pq.ParquetFile:
         path = self.folder / self.manifest["shards"][shard]["name"]
         source = path.path if is_local(path) else path.fs.open(path.path, block_size=2**20)
-        return pq.ParquetFile(source, page_checksum_verification=True)
+        file = pq.ParquetFile(source, page_checksum_verification=True)
+        if not file.schema_arrow.equals(SCHEMA):  # a column of Ray Data's own types would be unpickled
+            raise ConfigError(f"{path}: has other columns than packs have; delete the folder and `prepare`")
+        return file
 
     def _read_group(self, shard: int, group: int) -> pa.Table:
         columns = ["input_ids", "document_lengths", "document_ids", "target_mask"]

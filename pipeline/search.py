@@ -12,7 +12,6 @@ is told what they were.
 import logging
 import os
 import signal
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -40,6 +39,7 @@ from pipeline.search_source import TrialSource
 from pipeline.search_tracking import SearchTracker
 from pipeline.search_trial import Trial
 from pipeline.search_trials import TrialStore, trial_config
+from pipeline.session import private_folder
 
 ACTOR_FAILURES = 3
 """How often a trial's driver may die before the trial counts as failed; its workers' failures are another matter."""
@@ -101,7 +101,7 @@ def _tune(config: Config, source: TrialSource) -> None:
         ),
         run_config=tune.RunConfig(
             name=f"search-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}",
-            storage_path=os.path.join(tempfile.gettempdir(), "longlora-ray"),
+            storage_path=str(private_folder()),
             failure_config=tune.FailureConfig(max_failures=ACTOR_FAILURES),
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # the runs' folders have the state
             callbacks=[Watch(source)],

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from upath import UPath
 
+from pipeline.compare_report import no_formula
 from pipeline.config import Config
 from pipeline.page import figure_html, page, table_html
 from pipeline.search_budget import Budget
@@ -89,9 +90,8 @@ def trials_csv(config: Config, records: Sequence[TrialRecord]) -> str:
         loss = record.loss if record.reports else None
         settings = [record.settings.get(key) for key in config.search.space]
         spent = [record.tokens, round(record.worker_seconds, 1)]
-        writer.writerow(
-            [record.number, record.run, *settings, loss, record.throughput, *spent, record.status, record.reason]
-        )
+        row = [record.number, record.run, *settings, loss, record.throughput, *spent, record.status, record.reason]
+        writer.writerow([no_formula(cell) if isinstance(cell, str) else cell for cell in row])
     return text.getvalue()
 
 

@@ -40,6 +40,9 @@ class SearchTracker:
         self._thread = threading.Thread(target=self._keep_up, name="mlflow", daemon=True)
 
     def start(self) -> None:
+        # Tune imports MLflow in this thread. Where ours does at the same time, Python finds them in a deadlock.
+        from pipeline import mlflow_run  # noqa: F401
+
         self._thread.start()
 
     def close(self) -> None:

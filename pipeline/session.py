@@ -2,13 +2,17 @@
 
 import logging
 import os
+import secrets
 import signal
+import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
 
-from pipeline.config import REPOSITORY, Config
+from pipeline.config import REPOSITORY, Config, ConfigError
 
 T = TypeVar("T")
 
@@ -33,6 +37,9 @@ KEEP_MEMORY = {
 # Under ZeRO-3 each weight is there in full for a moment, between the shares that stay. Kept memory would be full of
 # holes: three times a rank's share of the base instead of 1.1 times (docs/decisions.md, 8).
 RETURN_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 18)}
+# Gloo and NCCL listen on an interface of their own choice, mostly one that the network reaches.
+LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
+COLLECTIVES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 
 
 @contextmanager
@@ -59,20 +66,46 @@ def ray_session(config: Config) -> Iterator[None]:
     if on_cluster():
         ray.init(runtime_env=environment, **quiet)
     else:
-        # Worker CPUs are a number to Ray, not a reservation of cores: a laptop with fewer can still run the recipe.
-        workers = int(config.workers.max * config.workers.cpus)
-        ray.init(
-            address="local",
-            num_cpus=max(workers + 1, os.cpu_count() or 1),
-            include_dashboard=False,
-            runtime_env=environment,
-            **quiet,
-        )
+        environment["env_vars"] |= {name: os.environ.get(name, LOOPBACK) for name in COLLECTIVES}
+        _start_here(config, runtime_env=environment, **quiet)
     signal.signal(signal.SIGTERM, _as_ctrl_c)  # in the place of Ray's own, which ends the driver at once
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _start_here(config: Config, **settings: Any) -> None:
+    """Starts Ray for this process alone: on loopback, with a token of its own, out of reach of other users."""
+    import ray
+    from ray._private import ray_constants
+
+    # Where Ray takes part in no cluster it has loopback for the node's address, and listens nowhere else. A loopback
+    # `_node_ip_address` it would replace by one that the network reaches.
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # Ray's own is in a file that all may read
+    # Worker CPUs are a number to Ray, not a reservation of cores: a laptop with fewer can still run the recipe.
+    workers = int(config.workers.max * config.workers.cpus)
+    ray.init(
+        address="local",
+        num_cpus=max(workers + 1, os.cpu_count() or 1),
+        include_dashboard=False,
+        _temp_dir=str(private_folder() / "ray"),
+        **settings,
+    )
+
+
+def private_folder() -> Path:
+    """A temporary folder that only this user can open, for the files of Ray, which lets all write into its own.
+
+    ConfigError if another user has taken its name.
+    """
+    folder = Path(tempfile.gettempdir()) / f"longlora-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.lstat().st_uid != os.getuid():
+        raise ConfigError(f"{folder} belongs to another user: have it removed, or set TMPDIR to a folder of your own")
+    folder.chmod(0o700)
+    return folder
 
 
 def _as_ctrl_c(number: int, frame: FrameType | None) -> None:

@@ -34,7 +34,7 @@ class Tokenizer:
         source = config.model.tokenizer_source
         revision = config.model.revision if source == config.model.base else None
         try:
-            tokenizer = AutoTokenizer.from_pretrained(local_path(source), revision=revision)
+            tokenizer = AutoTokenizer.from_pretrained(local_path(source), revision=revision, trust_remote_code=False)
         except (OSError, ValueError, KeyError, ImportError) as error:
             reason = " ".join(str(error).split())[:200]
             raise ConfigError(f"model.tokenizer = {source!r}: cannot be loaded ({reason})") from None

@@ -1,7 +1,6 @@
 """Ray Train around the loop: workers in an elastic range, failures retried, one line for what cannot be."""
 
 import os
-import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -10,7 +9,6 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayActorError
-from ray.train.torch import TorchConfig
 
 # ray.train exports these under the types of its first version, which type checkers then see.
 from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
@@ -27,9 +25,10 @@ from pipeline.elastic import ElasticTrainer
 from pipeline.packs import Packs, check_enough
 from pipeline.prepare import PreparedPacks
 from pipeline.progress import show_progress
+from pipeline.rendezvous import OneAddressTorchConfig
 from pipeline.run_config import keep_config
 from pipeline.run_log import RunLog
-from pipeline.session import uses_gpu
+from pipeline.session import private_folder, uses_gpu
 from pipeline.tracking import deliver, tracking_uri
 from pipeline.tracking_uri import how_to_look
 from pipeline.train_worker import train_worker
@@ -105,7 +104,7 @@ def _trainer(config: Config, run_folder: UPath, assignment: Assignment) -> Elast
         run=str(run_folder),
         run_log=run_log,
         train_loop_config={"assignment": assignment},
-        torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
+        torch_config=OneAddressTorchConfig(backend="nccl" if gpu else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=(workers.min, workers.max) if workers.elastic else workers.min,
             use_gpu=gpu,
@@ -116,7 +115,7 @@ def _trainer(config: Config, run_folder: UPath, assignment: Assignment) -> Elast
             # Ray's own state, of which nothing is needed again: the run's state is in our checkpoints. On this node's
             # disk, since Ray reaches object stores by another library, and workers look at it only to report a file.
             name=f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}",
-            storage_path=os.path.join(tempfile.gettempdir(), "longlora-ray"),
+            storage_path=str(private_folder()),
             failure_config=FailureConfig(max_failures=workers.max_failures, max_preemption_failures=-1),
             callbacks=[EndOnFinalError(run_log), TellDisturbances(run_log), NoticeOnSigterm(run_log)],  # type: ignore[list-item]  # takes internal ones too
         ),

@@ -118,7 +118,11 @@ def test_nothing_read_is_executed(path: Path) -> None:
     assert not {ast.unparse(call.func) for call in calls} & {
         *("torch.load", "yaml.load", "yaml.unsafe_load", "pd.read_pickle", "os.system", "eval", "exec")
     }
-    assert not {word.arg for call in calls for word in call.keywords} & {"trust_remote_code", "shell", "allow_pickle"}
+    assert not {word.arg for call in calls for word in call.keywords} & {"shell", "allow_pickle"}
+    for call in calls:
+        # Unless it is told not to, transformers asks on the terminal whether to run code that comes with a model.
+        if re.fullmatch(r"Auto\w+\.from_(pretrained|config)", ast.unparse(call.func)):
+            assert "trust_remote_code=False" in map(ast.unparse, call.keywords), ast.unparse(call)
 
 
 def listed_in_readme() -> list[str]:

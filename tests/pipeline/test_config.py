@@ -46,6 +46,16 @@ def test_a_minimal_config_has_the_papers_defaults() -> None:
         ("run.name", "../up", "run.name = '../up': "),
         ("run.storage", "s3://KEY:s3/cr+t@bucket/runs", "run.storage has credentials in a URI"),
         ("data.train", ["books", "s3://KEY:secret@bucket/books"], "data.train has credentials in a URI"),
+        ("data.train", ["https://secret@host/books.txt"], "data.train has credentials in a URI"),
+        ("data.train", ["https://h/b.txt?X-Amz-Date=1&X-Amz-Signature=secret"], "data.train has credentials in a URI"),
+        ("data.train", ["https://account/b.parquet?sv=1&sig=secret"], "data.train has credentials in a URI"),
+        ("data.validation", ["https://h/b.txt?access_token=secret"], "data.validation has credentials in a URI"),
+        ("tracking.experiment", "https://me:secret@host", "tracking.experiment has credentials in a URI"),
+        (
+            "search.space",
+            {"model.base": {"choice": ["x", "s3://KEY:secret@b"]}},
+            "search.space has credentials in a URI",
+        ),
     ],
 )
 def test_mistakes_are_one_line_that_names_the_key(key: str, value: Any, message: str) -> None:
@@ -53,10 +63,16 @@ def test_mistakes_are_one_line_that_names_the_key(key: str, value: Any, message:
         parse_config(with_value(key, value))
     assert str(error.value).startswith(message)
     assert "\n" not in str(error.value)
+    assert "secret" not in str(error.value)
 
 
 def test_uris_without_secrets_are_none() -> None:
-    for uri in ("s3://bucket/a:b@c", "https://host:8080/books/@new.txt", "gs://bucket/me@home"):
+    for uri in (
+        "https://host/design.txt?page=2&signed=no",
+        "s3://bucket/a:b@c",
+        "https://host:8080/books/@new.txt",
+        "gs://bucket/me@home",
+    ):
         parse_config(with_value("data.train", [uri]))
 
 

@@ -54,6 +54,11 @@ def test_the_csv_has_every_trial() -> None:
     )
 
 
+def test_no_cell_is_a_formula() -> None:
+    [row] = csv.DictReader(io.StringIO(trials_csv(CONFIG, [record(1, "failed", [], reason="=HYPERLINK(0)")])))
+    assert row["reason"] == "'=HYPERLINK(0)"
+
+
 def test_the_result(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     budget = Budget(CONFIG, UPath(tmp_path))
     folder = write_result(CONFIG, UPath(tmp_path), RECORDS, budget)
