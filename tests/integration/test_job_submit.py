@@ -75,7 +75,7 @@ class Head:
 
 @pytest.fixture
 def head() -> Iterator[Head]:
-    """As the cluster files start it, with room for two workers."""
+    """A head that takes jobs for this machine alone, with room for two workers."""
     with socket.socket() as first, socket.socket() as second:
         first.bind(("127.0.0.1", 0)), second.bind(("127.0.0.1", 0))
         port, dashboard = first.getsockname()[1], second.getsockname()[1]
@@ -85,9 +85,11 @@ def head() -> Iterator[Head]:
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
         "RAY_JOB_STOP_WAIT_TIME_S": "120",
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # on loopback alone (docs/security.md)
+        "GLOO_SOCKET_IFNAME": "lo",
         "RAY_ADDRESS": f"http://127.0.0.1:{dashboard}",
     }
-    starting = ("start", "--head", "--block", "--num-cpus", "3", "--node-ip-address", "127.0.0.1")
+    starting = ("start", "--head", "--block", "--num-cpus", "3")
     places = ("--port", str(port), "--dashboard-host", "127.0.0.1", "--dashboard-port", str(dashboard))
     command = [str(Path(sys.executable).parent / "ray"), *starting, *places, "--temp-dir", scratch]
     own = {name: value for name, value in environment.items() if name != "RAY_ADDRESS"}

@@ -15,6 +15,17 @@ from upath import UPath
 from pipeline.config import ConfigError
 from pipeline.storage_probe import check_here
 
+NODE = """
+import signal, sys
+from ray._private import ray_constants
+ray_constants.ENABLE_RAY_CLUSTER = False  # on loopback, as the head
+from ray._private.node import Node
+from ray._private.parameter import RayParams
+settings = dict(gcs_address=sys.argv[1], num_cpus=1, object_store_memory=10**8, include_log_monitor=False)
+node = Node(RayParams(**settings, temp_dir=sys.argv[2]), head=False, shutdown_at_exit=False, spawn_reaper=False)
+signal.signal(signal.SIGTERM, lambda *_: node.kill_all_processes(check_alive=False, allow_graceful=False))
+signal.pause()
+"""
 MAY_MOUNT = subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode == 0
 
 
@@ -28,9 +39,9 @@ def test_a_worker_on_a_node_without_the_folder_says_so(tmp_path: Path) -> None:
 def test_a_folder_that_one_node_does_not_share(make_run: Callable, tmp_path: Path) -> None:
     made = make_run("run")
     with SpotCluster() as cluster:
-        starts = f"mount -t tmpfs none {tmp_path} && exec ray start --block --num-cpus 1 --address {cluster.address}"
-        environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-        node = subprocess.Popen(["unshare", "-m", "sh", "-c", starts], env=environment, stdout=subprocess.DEVNULL)
+        mounts = f'mount -t tmpfs none {tmp_path} && exec "$@"'
+        starts = [sys.executable, "-c", NODE, cluster.address, f"{cluster.scratch}/other"]
+        node = subprocess.Popen(["unshare", "-m", "sh", "-c", mounts, "sh", *starts], stdout=subprocess.DEVNULL)
         try:
             wait_for_nodes(cluster.address, 2)
             run = subprocess.run(
