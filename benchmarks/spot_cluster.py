@@ -17,6 +17,7 @@ from typing import Any, Self
 
 import psutil
 from ray._private import ray_constants
+from ray._private.utils import write_ray_address
 from ray._raylet import GcsClient
 from ray.cluster_utils import Cluster
 from ray.core.generated import autoscaler_pb2
@@ -45,7 +46,9 @@ class SpotCluster:
     def start_head(self) -> None:
         self.nodes: list[Any] = []
         self.scratch = tempfile.mkdtemp(prefix="nodes-")  # short: a socket's path has 107 characters at most
-        self.cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, **self.dashboard})
+        folder = {"temp_dir": f"{self.scratch}/head"}
+        self.cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, **self.dashboard, **folder})
+        write_ray_address(self.address, folder["temp_dir"])  # where its jobs look for it
 
     @property
     def address(self) -> str:
