@@ -15,10 +15,16 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
-from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, NoopDecision, ScalingDecision
+from ray.train.v2._internal.execution.scaling_policy import (
+    ElasticScalingPolicy,
+    NoopDecision,
+    ResizeDecision,
+    ScalingDecision,
+)
 from ray.train.v2._internal.execution.scaling_policy.autoscaling_coordinator_client import (
     TrainAutoscalingCoordinatorClient,
 )
+from ray.train.v2._internal.execution.worker_group import WorkerGroupPollStatus, WorkerGroupState
 from ray.train.v2.api.config import ScalingConfig
 from ray.train.v2.torch.torch_trainer import TorchTrainer
 
@@ -77,6 +83,15 @@ class PresentNodesPolicy(ElasticScalingPolicy):
                 f"waiting for nodes: room for {room} of {self.scaling_config.min_workers} workers"
             )
         return decision
+
+    def make_decision_for_running_worker_group(
+        self, worker_group_state: WorkerGroupState, worker_group_status: WorkerGroupPollStatus
+    ) -> ScalingDecision:
+        """More workers, where there is room. Fewer are no decision of ours: workers on a node that is about to leave
+        save and train on until it goes, and one that is lost ends the group by itself."""
+        decision = super().make_decision_for_running_worker_group(worker_group_state, worker_group_status)
+        fewer = isinstance(decision, ResizeDecision) and decision.num_workers < worker_group_state.num_workers
+        return NoopDecision() if fewer else decision
 
     def on_controller_start_worker_group(
         self, *, scaling_config: ScalingConfig, num_workers: int

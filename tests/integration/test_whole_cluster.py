@@ -135,7 +135,7 @@ def test_nodes_go_and_come_under_a_job(
 def working_folder(folder: Path, config: Path) -> Path:
     """What a job is sent: the packages, by links, and a config."""
     folder.mkdir()
-    for name in ("longlora", "pipeline", "configs", "examples"):
+    for name in ("longlora", "pipeline", "configs", "examples", "pyproject.toml"):
         os.symlink(REPOSITORY / name, folder / name)
     (folder / config.name).write_text(yaml.safe_dump(yaml.safe_load(config.read_text())))
     return folder

@@ -3,7 +3,7 @@
 import socket
 from collections.abc import Iterator
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import ray
@@ -86,6 +86,18 @@ def test_a_node_that_nobody_uses_takes_the_place_of_a_lost_one(
     assert isinstance(decision, ResizeDecision) and decision.num_workers == 2
     selector = policy.on_controller_start_worker_group(scaling_config=policy.scaling_config, num_workers=2)
     assert selector == {"ray.io/node-id": "in(a,another run's,spare)"}
+
+
+@pytest.mark.parametrize(("workers_now", "resized"), [(1, True), (2, False), (3, False)])
+def test_workers_on_a_node_that_leaves_train_on(
+    monkeypatch: pytest.MonkeyPatch, raylet: int, workers_now: int, resized: bool
+) -> None:
+    """Two nodes stay: one worker becomes two, while three stay three until the third node has gone."""
+    policy = policy_on(monkeypatch, {"a": raylet, "b": raylet, "going": raylet}, leaving=("going",))
+    policy._latest_monitor_time = -1e9  # the last look was long ago
+    now = cast(Any, SimpleNamespace(start_time=-1e9, num_workers=workers_now))
+    decision = policy.make_decision_for_running_worker_group(now, cast(Any, None))
+    assert isinstance(decision, ResizeDecision if resized else NoopDecision)
 
 
 def test_too_few_nodes_are_waited_for_and_counted(monkeypatch: pytest.MonkeyPatch, raylet: int, closed: int) -> None:
