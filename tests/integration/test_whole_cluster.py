@@ -2,13 +2,17 @@
 
 import os
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
+from cloud_metadata import serving
 from mlflow import MlflowClient
 from object_store import ObjectStore
 from ray.job_submission import JobStatus, JobSubmissionClient
@@ -23,7 +27,9 @@ from pipeline.storage import read_json
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
 STEPS = 1500
-NOTICE_S = 15
+NOTICE_S = 20
+POLL_S = 2.0
+"""Between two looks of Ray Train at the nodes, and of its controller at the workers (`session.TRAIN_SETTINGS`)."""
 WAIT_S = 600
 
 
@@ -110,11 +116,16 @@ def test_nodes_go_and_come_under_a_job(
     server.kill()
     cluster.add()
     job.wait_for("two workers again", lambda: run.trains(2, 20))
-    leaving = cluster.nodes[0]
-    cluster.give_notice(leaving, NOTICE_S)
-    failures = len(run.all_events("failure"))
-    job.wait_for("the deadline", lambda: len(run.all_events("failure")) > failures)
+    leaving, failures = cluster.nodes[0], len(run.all_events("failure"))
+    with serving("aws") as cloud, watching(leaving, cluster, cloud.endpoint):
+        announced = time.time()
+        cloud.metadata.announce(announced + NOTICE_S)
+        job.wait_for("the deadline", lambda: len(run.all_events("failure")) > failures)
     cluster.remove(leaving)
+    [notice] = run.all_events("notice")
+    assert notice.time - announced < 5 + POLL_S, "drained within 5 s, which Ray Train sees at its next look"
+    deadline = notice.time + notice.details["seconds_left"]
+    assert deadline == pytest.approx(announced + NOTICE_S, abs=1.5), "AWS's deadline, in whole seconds"
     server.start()
     cluster.add()
     job.wait_for("two workers at last", lambda: run.trains(2, 20))
@@ -122,7 +133,8 @@ def test_nodes_go_and_come_under_a_job(
 
     result = audit_run(load_config(run.config), run.folder)
     assert result.whole and result.committed == STEPS and result.sequences == STEPS * 5, job.logs()
-    assert [recovery.cause for recovery in result.recoveries if recovery.cause == "preempted"], run.story()
+    [preempted] = [recovery for recovery in result.recoveries if recovery.cause == "preempted"]
+    assert preempted.redone == 0, "the run was saved in time"
     assert (run.folder / "export" / "model.safetensors").exists()
     client = MlflowClient(server.uri)
     found = client.get_run(read_json(run.folder / "run.json")["mlflow_run_id"])
@@ -130,6 +142,19 @@ def test_nodes_go_and_come_under_a_job(
     assert found.info.status == "FINISHED", job.logs()
     assert sorted(point.step for point in points) == list(range(STEPS))
     assert "eval/perplexity_512" in found.data.metrics
+
+
+@contextmanager
+def watching(node: Any, cluster: SpotCluster, endpoint: str) -> Iterator[None]:
+    """The watcher, as it runs on a spot machine of AWS; here all nodes have one address, so it is told which is its."""
+    script = str(REPOSITORY / "cluster" / "preemption_watcher.py")
+    places = ("--cloud", "aws", "--endpoint", endpoint, "--address", cluster.address, "--node-id", node.node_id)
+    process = subprocess.Popen([sys.executable, script, *places])
+    try:
+        yield
+    finally:
+        process.kill()
+        process.wait()
 
 
 def working_folder(folder: Path, config: Path) -> Path:
