@@ -6,6 +6,7 @@ Used by the benchmarks and the tests of elasticity. Node = raylet; a worker of a
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -40,6 +41,8 @@ class SpotCluster:
         """dashboard_port: where the head takes jobs; 0 for no dashboard."""
         os.environ.update(ENVIRONMENT)
         self.dashboard = {"include_dashboard": bool(dashboard_port), "dashboard_port": dashboard_port or None}
+        # By default all heads of a machine want one port for the agent that starts jobs; the second would start none.
+        self.dashboard |= {"dashboard_agent_listen_port": free_port()} if dashboard_port else {}
         ray_constants.ENABLE_RAY_CLUSTER = False
         self.start_head()
 
@@ -207,6 +210,12 @@ def descendants(*names: str, root: int | None = None) -> list[psutil.Process]:
             if command and Path(command[0]).name.startswith(tuple(names)):
                 found.append(process)
     return found
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
 
 
 def raylet_pid(node: Any) -> int:

@@ -3,7 +3,6 @@
 import os
 import secrets
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -16,7 +15,7 @@ from zipfile import ZipFile
 import psutil
 import pytest
 from ray._private.runtime_env.packaging import create_package
-from spot_cluster import DisturbedRun
+from spot_cluster import DisturbedRun, free_port
 
 from pipeline.audit import audit_run
 from pipeline.config import REPOSITORY, load_config
@@ -76,9 +75,7 @@ class Head:
 @pytest.fixture
 def head() -> Iterator[Head]:
     """A head that takes jobs for this machine alone, with room for two workers."""
-    with socket.socket() as first, socket.socket() as second:
-        first.bind(("127.0.0.1", 0)), second.bind(("127.0.0.1", 0))
-        port, dashboard = first.getsockname()[1], second.getsockname()[1]
+    port, dashboard, agent = free_port(), free_port(), free_port()
     scratch = tempfile.mkdtemp(prefix="ray-")  # Ray's socket files need a short path
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | {
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
@@ -91,6 +88,7 @@ def head() -> Iterator[Head]:
     }
     starting = ("start", "--head", "--block", "--num-cpus", "3")
     places = ("--port", str(port), "--dashboard-host", "127.0.0.1", "--dashboard-port", str(dashboard))
+    places += ("--dashboard-agent-listen-port", str(agent))  # by default one port for all heads of a machine
     command = [str(Path(sys.executable).parent / "ray"), *starting, *places, "--temp-dir", scratch]
     own = {name: value for name, value in environment.items() if name != "RAY_ADDRESS"}
     with open(Path(scratch, "start.log"), "wb") as output:
