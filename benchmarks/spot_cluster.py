@@ -4,6 +4,7 @@ Used by the benchmarks and the tests of elasticity. Node = raylet; a worker of a
 """
 
 import os
+import random
 import shutil
 import signal
 import socket
@@ -213,9 +214,12 @@ def descendants(*names: str, root: int | None = None) -> list[psutil.Process]:
 
 
 def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
+    """A port below those that Linux gives to connections (32768 on), one of which could take it before it is used."""
+    while True:
+        port = random.randrange(20000, 32768)
+        with socket.socket() as free, suppress(OSError):
+            free.bind(("127.0.0.1", port))
+            return port
 
 
 def raylet_pid(node: Any) -> int:
