@@ -9,7 +9,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from upath import UPath
 
 from pipeline.config import Config, ConfigError
-from pipeline.storage import is_local, read_bytes, storage_root, words, write_atomic
+from pipeline.storage import absolute_path, is_local, read_bytes, words, write_atomic
 
 PATIENCE_S = 60.0
 """For a node's answer. One that is silent for longer is judged when it gets work."""
@@ -22,7 +22,7 @@ def check_all_nodes(config: Config) -> None:
     others.pop(here, None)
     if not others:
         return
-    probe = storage_root(config) / f".probe-{uuid.uuid4().hex}"
+    probe = absolute_path(config.run.storage) / f".probe-{uuid.uuid4().hex}"
     write_atomic(probe, b"longlora")
     try:
         look = ray.remote(num_cpus=0, max_retries=0)(what_is_wrong)

@@ -118,7 +118,6 @@ def test_nodes_go_and_come_under_a_job(
         cloud.metadata.announce(announced + NOTICE_S)
         job.wait_for("the deadline", lambda: len(run.all_events("failure")) > failures)
     cluster.remove(leaving)
-    print(run.story(), run.all_events("notice"))
     notice = next(event for event in run.all_events("notice") if event.time > announced)
     assert notice.time - announced < 5 + POLL_S, "drained within 5 s, which Ray Train sees at its next look"
     deadline = notice.time + notice.details["seconds_left"]
