@@ -2,6 +2,7 @@
 
     python benchmarks/attention_kernels.py --save                        # 8k, 32k, 100k tokens; G 2048, 8192
     python benchmarks/attention_kernels.py --heads 32 --kv-heads 8       # Llama 3
+    python benchmarks/attention_kernels.py --document 12000              # packed rows, of documents of 12,000 tokens
 
 Side by side on the same tensors, in turn, medians over the rounds:
 
@@ -25,7 +26,7 @@ from functools import partial
 
 import torch
 from attention import full_attention, random_row, rolled_attention
-from figures import as_table, machine, save, verdict
+from figures import as_table, documents_of, machine, save, verdict
 from torch.nn.attention.varlen import varlen_attn
 
 from longlora.attention import Shape, available_backends, choose_backend, s2_attention
@@ -84,11 +85,12 @@ def plan_of(segments: object, plan: SegmentPlan) -> SegmentPlan:
 
 def contenders(plan: SegmentPlan, group_size: int, options: argparse.Namespace) -> dict[str, Attention]:
     available = available_backends(options.device, options.dtype, options.head_dim)
-    names = [name for name, reason in available.items() if reason is None and name != "sdpa"]
+    others = ("sdpa",) if plan.uniform else ("sdpa", "cudnn")
+    names = [name for name, reason in available.items() if reason is None and name not in others]
     made: dict[str, Attention] = {name: partial(s2_attention, plan=plan, backend=name) for name in names}
     if options.heads == options.kv_heads:
         made["original"] = partial(original_movement, plan=plan)
-        if plan.tokens % group_size == 0:
+        if plan.tokens % group_size == 0 and len(plan.document_lengths) == 1:
             made["rolled"] = partial(rolled_attention, group_size=group_size)
     return made
 
@@ -97,9 +99,10 @@ def check(options: argparse.Namespace) -> None:
     """Every contender gives what the definition gives, outputs and gradients, or the benchmark stops."""
     tokens, group_size = 2048, 512
     *row, grad = random_row(tokens, options.heads, options.kv_heads, options.head_dim, options)
-    plan = plan_segments([tokens], group_size).to(options.device)
+    documents = documents_of(tokens, options.document and 700)
+    plan = plan_segments(documents, group_size).to(options.device)
     exact_row = [t.detach().float().requires_grad_() for t in row]
-    exact = reference_attention(*exact_row, [tokens], group_size)
+    exact = reference_attention(*exact_row, documents, group_size)
     wanted = [exact.detach(), *torch.autograd.grad(exact, exact_row, grad.float())]
     for name, attention in contenders(plan, group_size, options).items():
         out = attention(*row)
@@ -131,7 +134,7 @@ def pairs(plan: SegmentPlan) -> float:
 
 def measure(tokens: int, group_size: int, options: argparse.Namespace) -> list[dict[str, object]]:
     *row, grad = random_row(tokens, options.heads, options.kv_heads, options.head_dim, options)
-    plan = plan_segments([tokens], group_size).to(options.device)
+    plan = plan_segments(documents_of(tokens, options.document), group_size).to(options.device)
     shape = Shape.of(row[0], row[1])
     chosen = choose_backend(shape, plan)
     print(f"{tokens} tokens, G {group_size}: auto is {chosen}", flush=True)
@@ -140,7 +143,7 @@ def measure(tokens: int, group_size: int, options: argparse.Namespace) -> list[d
     split_grad = grad.unflatten(1, (2, -1)).transpose(0, 1).contiguous()
     split = partial(split_attention, plan=plan, backend=chosen.name)
     runs["split"] = (split, split_row, split_grad)
-    if tokens <= options.longest_full:
+    if tokens <= options.longest_full and not options.document:
         runs["full"] = (full_attention, row, grad)
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
     for number in range(1 + options.rounds):
@@ -186,6 +189,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--heads", type=int, default=32)
     parser.add_argument("--kv-heads", type=int, help="default: as many as heads")
     parser.add_argument("--head-dim", type=int, default=128)
+    parser.add_argument("--document", type=int, help="tokens of each document of a row; default: the whole row is one")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--longest-full", type=int, default=32768, help="tokens up to which dense attention is timed")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/<date>-attention-kernels-….md")
@@ -214,7 +218,7 @@ def main() -> int:
     ]
     print(as_table(rows))
     if options.save:
-        name = f"attention-kernels-{options.heads}-{options.kv_heads}"
+        name = f"attention-kernels-{options.heads}-{options.kv_heads}" + "-packed" * bool(options.document)
         print(f"written to {save(name, 'S²-Attn kernels, forward + backward', facts, rows)}")
     return 1 if any(row["verdict"] == "FAIL" for row in rows) else 0
 

@@ -31,6 +31,13 @@ def machine(device: str, **facts: Any) -> dict[str, Any]:
     }
 
 
+def documents_of(tokens: int, document: int | None) -> list[int]:
+    """Lengths of the documents that a row of so many tokens holds."""
+    document = document or tokens
+    rest = tokens % document
+    return [document] * (tokens // document) + [rest] * (rest > 0)
+
+
 def as_table(rows: Sequence[Row]) -> str:
     """A Markdown table of the rows."""
     names = list(rows[0])

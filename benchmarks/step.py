@@ -3,9 +3,10 @@
     python benchmarks/step.py --save                                  # Llama-2-7B shapes, 8k to 100k tokens
     python benchmarks/step.py --model llama3-8b --cases 102400:8192 --contenders recompute --save
     python benchmarks/step.py --cases 262144:8192,327680:8192 --contenders recompute --save    # longest context
+    python benchmarks/step.py --document 12000 --cases 32768:2048 --contenders recompute,auto --save    # packed rows
 
 A step is forward, backward and AdamW over LoRA (rank 8 on the attention projections), embeddings and norms, on one row
-of one document. Contenders, one after the other on the same GPU:
+of one document, or of several of ``--document`` tokens. Contenders, one after the other on the same GPU:
 
 - ``hf``: transformers + PEFT as they come: full attention (torch's own), every layer recomputed, the library's loss;
 - ``full``: this project's model with full attention, every layer recomputed;
@@ -29,11 +30,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from figures import as_table, machine, save, verdict
+from figures import as_table, documents_of, machine, save, verdict
 from torch import Tensor, nn
 
 from longlora import fused
 from longlora.activations import ActivationPolicy
+from longlora.attention import Shape, choose_backend
 from longlora.flops import step_operations
 from longlora.memory import MLP_TILE, required
 from longlora.model import LongContextModel, build_base, training_model
@@ -75,6 +77,10 @@ class Masters:
         self.trained = [p for p in model.parameters() if p.requires_grad]
         self.copies = [p.detach().float().requires_grad_() for p in self.trained]
         self.optimizer = torch.optim.AdamW(self.copies, lr=1e-5, fused=True)
+        for copy in self.copies:
+            copy.grad = torch.zeros_like(copy)
+        self.optimizer.step()  # the moments are there from now on, for whoever asks what is free
+        self.optimizer.zero_grad()
 
     def step(self) -> None:
         for parameter, copy in zip(self.trained, self.copies, strict=True):
@@ -105,21 +111,27 @@ def build(options: argparse.Namespace, longest: int, *, ours: bool, embeddings_a
 def stepper(name: str, model: LongContextModel) -> Step:
     """One training step of the contender: (ids (1, T), plan) → loss a token."""
     masters = Masters(model)
-    positions: dict[int, Tensor] = {}
 
     def step(ids: Tensor, plan: SegmentPlan) -> Tensor:
-        tokens = ids.shape[1]
         if name == "hf":
             loss = model.network(input_ids=ids, labels=ids, use_cache=False).loss
         else:
-            places = positions.setdefault(tokens, torch.arange(tokens, device=ids.device)[None])
-            targets = torch.cat([ids[0, 1:], ids.new_full((1,), -100)])
-            loss = model(ids, places, targets, plan) / (tokens - 1)
+            places, targets = packed(ids, plan)
+            loss = model(ids, places, targets, plan) / (plan.tokens - len(plan.document_lengths))
         loss.backward()
         masters.step()
         return loss.detach()
 
     return step
+
+
+def packed(ids: Tensor, plan: SegmentPlan) -> tuple[Tensor, Tensor]:
+    """Positions (1, T), which begin anew with each document, and the next tokens (T,) inside each document."""
+    lengths = torch.tensor(plan.document_lengths, device=ids.device)
+    ends = lengths.cumsum(0)
+    places = torch.arange(plan.tokens, device=ids.device) - (ends - lengths).repeat_interleave(lengths)
+    targets = torch.cat([ids[0, 1:], ids.new_full((1,), -100)]).index_fill(0, ends - 1, -100)
+    return places[None], targets
 
 
 def policy_of(name: str, model: LongContextModel, plan: SegmentPlan) -> ActivationPolicy:
@@ -133,7 +145,8 @@ def measure(name: str, model: LongContextModel, options: argparse.Namespace) -> 
     step = stepper(name, model)
     rows = []
     for tokens, group_size in options.cases:
-        plan = plan_segments([tokens], None if name in ("hf", "full") else group_size).to(options.device)
+        documents = documents_of(tokens, options.document)
+        plan = plan_segments(documents, None if name in ("hf", "full") else group_size).to(options.device)
         row: dict[str, Any] = {"tokens": tokens, "group_size": plan.group_size, "contender": name}
         try:
             rows.append(row | timed(name, model, step, plan, options))
@@ -228,11 +241,12 @@ def check(options: argparse.Namespace) -> None:
 def judge(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
     """Adds the ratios and verdicts that the goals ask for, for Llama-2-7B shapes."""
     seconds = {(row["tokens"], row["contender"]): row["seconds"] for row in rows if "seconds" in row}
+    has_goals = options.model == "llama2-7b" and not options.document
     for row in rows:
         verdicts = []
         if "seconds" in row:
             spread = float(row["spread"].rstrip("%")) / 100
-            for text, ratio, goal in ratios(row, seconds) if options.model == "llama2-7b" else []:
+            for text, ratio, goal in ratios(row, seconds) if has_goals else []:
                 verdicts.append(f"{text} {ratio:.3f} (goal {goal:.2f}): {verdict(ratio, goal, spread)}")
             if (row["contender"], row["tokens"]) == ("recompute", 102400):
                 fits = row["peak GiB"] <= PEAK_GIB[options.model]
@@ -263,6 +277,7 @@ def parse() -> argparse.Namespace:
         "--cases", type=lambda s: [tuple(int(n) for n in c.split(":")) for c in s.split(",")], default=CASES,
         help="tokens:group_size, comma between cases",
     )  # fmt: skip
+    parser.add_argument("--document", type=int, help="tokens of each document of a row; default: the whole row is one")
     parser.add_argument("--contenders", type=lambda s: s.split(","), default=list(CONTENDERS))
     parser.add_argument("--seconds", type=float, default=3.0, help="time for each case")
     parser.add_argument("--no-fused", dest="fused", action="store_false", help="the model's own operators")
@@ -271,6 +286,8 @@ def parse() -> argparse.Namespace:
     options = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("this benchmark needs a CUDA device")
+    if options.document and "hf" in options.contenders:
+        parser.error("hf attends across documents: leave it out with --document")
     options.device = "cuda"
     refused = fused.refusal("llama", "cuda")
     if options.fused and refused:
@@ -285,6 +302,7 @@ def main() -> int:
     check(options)
     longest = max(tokens for tokens, _ in options.cases)
     facts = machine("cuda", model=options.model, fused=options.fused, memory=f"{total_gib():.0f} GiB")
+    facts["attention"] = " / ".join(attention_of(case, options) for case in options.cases)
     rows: list[dict[str, Any]] = []
     groups = [("hf",), ("full", "recompute", "auto"), ("lora",)]
     for group in groups:
@@ -302,6 +320,15 @@ def main() -> int:
     if options.save:
         print(f"written to {save(options.name or f'step-{options.model}', 'A training step', facts, rows)}")
     return 1 if any("FAIL" in row["verdict"] for row in rows) else 0
+
+
+def attention_of(case: tuple[int, int], options: argparse.Namespace) -> str:
+    """The backend that attends in a row of the case, and why, or how long each took."""
+    shapes = MODELS[options.model]
+    head_dim = shapes["hidden_size"] // shapes["num_attention_heads"]
+    heads, kv_heads = shapes["num_attention_heads"], shapes["num_key_value_heads"]
+    shape = Shape(torch.device("cuda"), torch.bfloat16, heads, kv_heads, head_dim)
+    return str(choose_backend(shape, plan_segments(documents_of(case[0], options.document), case[1])))
 
 
 def total_gib() -> float:

@@ -17,15 +17,17 @@ _ATTENTION_RATE = 0.7  # of attention kernels relative to matrix products, for w
 
 @dataclass(frozen=True)
 class ActivationCosts:
-    """Bytes a token of one layer, and of the parts around the layers.
+    """Bytes a token of one layer, and of what stands around the layers.
 
-    inputs: of a layer, which a recomputed layer keeps. attention: of its output and log-sum-exp. everything: that a
+    around: kept beside the layers until the loss is made: input and output of the last norm. inputs: of a layer, which
+    a recomputed layer keeps. attention: of its output and log-sum-exp. everything: that a
     layer keeps if it is not recomputed, input included. work: at the peak of a layer's backward pass beside what it
     keeps. mlp: the part of everything + work that an MLP in pieces needs for one piece instead of the row; 0 where the
     MLP trains and cannot run in pieces.
     """
 
     layers: int
+    around: float
     inputs: float
     attention: float
     everything: float
@@ -55,19 +57,19 @@ class ActivationCosts:
     def _waiting(self, policy: ActivationPolicy, tokens: int) -> float:
         recomputed = self.layers - min(policy.kept, self.layers)
         inputs = 0.0 if policy.offload else recomputed * self.inputs
-        return (inputs + min(policy.kept_attention, recomputed) * self.attention) * tokens
+        return (self.around + inputs + min(policy.kept_attention, recomputed) * self.attention) * tokens
 
 
 def head_bytes(vocabulary: int, hidden: int, tokens: int, fused: bool) -> float:
-    """Bytes beside the layers' activations while the loss is made: chunks of logits, the gradient of the hidden states.
+    """Bytes beside what is held while the loss is made: chunks of logits, gradients of the hidden states.
 
     Chunks as Liger cuts them (as many logits as hidden states, rounded up to a power of two of tokens) in bf16; without
     it 2048 tokens, logits once in bf16 and in fp32 with their gradients.
     """
     if fused:
         chunk = 1 << max(0, (-(-tokens // -(-vocabulary // hidden)) - 1).bit_length())
-        return min(chunk, tokens) * vocabulary * 2 + tokens * hidden * 2 * 3
-    return min(2048, tokens) * vocabulary * (2 + 2 + 4 + 4 + 4) + tokens * hidden * 2 * 3
+        return min(chunk, tokens) * vocabulary * 2 + tokens * hidden * 2 * 2
+    return min(2048, tokens) * vocabulary * (2 + 2 + 4 + 4 + 4) + tokens * hidden * 2 * 2
 
 
 def choose_policy(

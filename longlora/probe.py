@@ -32,7 +32,9 @@ def auto_policy(model: LongContextModel, plan: SegmentPlan, reserved: float = 0.
     device = model.causal_lm.device
     free = free_bytes(device) * (1 - MARGIN) - reserved
     head = head_cost(model, plan.tokens, model.is_head_fused)
-    return policy_within(free, model, plan, probe(model, plan.group_size), head, is_gpu=device.type == "cuda")
+    return policy_within(
+        free, model, plan, probe(model, None if plan.full else plan.group_size), head, is_gpu=device.type == "cuda"
+    )
 
 
 def policy_within(
@@ -81,6 +83,8 @@ def probe(model: LongContextModel, group_size: int | None) -> ActivationCosts:
     base = model.causal_lm
     tokens = PROBE_TOKENS[base.device.type]
     inputs = base.config.hidden_size * base.dtype.itemsize
+    # Halves of the heads that attend apart, as in a row of many groups: their kernels need less at a time.
+    group_size = group_size and min(group_size, tokens // 4)
     measure = _Measure(model, plan_segments([tokens], group_size).to(base.device))
     with _policy_restored(model):
         held, peak = measure(ActivationPolicy(0))
@@ -93,6 +97,7 @@ def probe(model: LongContextModel, group_size: int | None) -> ActivationCosts:
     everything = (held_layer - held) / tokens + inputs
     return ActivationCosts(
         layers=model.layers,
+        around=held / tokens - model.layers * inputs,
         inputs=inputs,
         attention=(held_attention - held) / tokens,
         everything=everything,

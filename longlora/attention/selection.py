@@ -1,8 +1,9 @@
 """Which backend attends: those that can run there, checked against the definition, the fastest of them first.
 
 On the CPU there is one. On a GPU which of two kernels is faster depends on the card, the shape and the versions, so
-both are timed once for a shape, for a fraction of a second. With deterministic algorithms the order is fixed instead,
-since a choice by the clock could fall otherwise after a restart.
+both are timed once for a shape, for a fraction of a second, on a row about as long as those asked for: the time to
+start a kernel decides on short rows, and on long ones it does not. With deterministic algorithms the order is fixed
+instead, since a choice by the clock could fall otherwise after a restart.
 """
 
 import statistics
@@ -23,7 +24,7 @@ from longlora.segments import SegmentPlan, plan_segments
 # SDPA runs anywhere.
 BACKENDS: dict[str, Backend] = {"flash": flash, "cudnn": cudnn, "varlen": varlen, "sdpa": sdpa}
 
-_TIMED_TOKENS = 8192
+_LONGEST_TIMED = 32768  # tokens; beyond, times only grow in proportion
 _ROUNDS = 3
 _TOLERANCE = 0.02  # relative error, root mean square: bf16 gives 0.002 to 0.005
 
@@ -67,14 +68,22 @@ def available_backends(device: torch.device | str, dtype: torch.dtype, head_dim:
 
 def choose_backend(shape: Shape, plan: SegmentPlan, backend: str = "auto") -> BackendChoice:
     """The fastest backend for rows like this one, or ``backend`` itself; ValueError where that one cannot run."""
-    # Segments of packed rows have any length; a power of two stands for those around it.
-    longest = plan.max_straight if plan.uniform else 1 << (plan.max_straight - 1).bit_length()
+    # Rows and segments of packed rows have any length; a power of two stands for those below it.
+    tokens = min(_power_of_two(plan.tokens), _LONGEST_TIMED)
+    longest = plan.max_straight if plan.uniform else _power_of_two(plan.max_straight)
     deterministic = torch.are_deterministic_algorithms_enabled()
-    return _choose(shape, plan.uniform, longest, plan.full, backend, deterministic)
+    return _choose(shape, plan.uniform, tokens, longest, plan.full, backend, deterministic)
+
+
+def _power_of_two(n: int) -> int:
+    """The smallest that is not below n."""
+    return 1 << (n - 1).bit_length()
 
 
 @cache
-def _choose(shape: Shape, uniform: bool, longest: int, full: bool, backend: str, deterministic: bool) -> BackendChoice:
+def _choose(
+    shape: Shape, uniform: bool, tokens: int, longest: int, full: bool, backend: str, deterministic: bool
+) -> BackendChoice:
     if backend != "auto" and backend not in BACKENDS:
         raise ValueError(f"attention backend is {backend!r}: it must be auto, {', '.join(BACKENDS)}")
     refused = available_backends(shape.device, shape.dtype, shape.head_dim)
@@ -93,7 +102,11 @@ def _choose(shape: Shape, uniform: bool, longest: int, full: bool, backend: str,
         faster = [name for name in faster if refused[name] is None]
         if len(faster) < 2 or deterministic:
             return _first([*faster, "sdpa"], refused)
-        timed = {name: _milliseconds(BACKENDS[name], shape, longest, full) for name in faster}
+        plan = plan_segments([tokens], None if full else min(longest, tokens // 2)).to(shape.device)
+        try:
+            timed = {name: _milliseconds(BACKENDS[name], shape, plan) for name in faster}
+        except torch.OutOfMemoryError:  # beside the activations of a step
+            return _first([*faster, "sdpa"], refused)
     fastest = min(timed, key=lambda name: timed[name])
     return BackendChoice(fastest, {name: reason for name, reason in refused.items() if reason}, timed)
 
@@ -132,12 +145,9 @@ def _wrong(backend: Backend, shape: Shape) -> str | None:
     return None
 
 
-def _milliseconds(backend: Backend, shape: Shape, longest: int, full: bool) -> float:
-    """Forward and backward on a row of about 8k tokens in segments like those asked for; the median of a few rounds."""
-    longest = min(longest, 2 * _TIMED_TOKENS)
-    tokens = max(longest, _TIMED_TOKENS)
-    plan = plan_segments([tokens], None if full else min(longest, tokens // 2)).to(shape.device)
-    *row, grad = _row(shape, tokens)
+def _milliseconds(backend: Backend, shape: Shape, plan: SegmentPlan) -> float:
+    """Forward and backward on a row of the plan; the median of a few rounds."""
+    *row, grad = _row(shape, plan.tokens)
     measured = []
     for _ in range(1 + _ROUNDS):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)

@@ -28,7 +28,7 @@ SHAPES = {
 
 def rows() -> Iterator[Any]:
     """Rows of the newest results that follow a policy and attend by S²-Attn, with the model's name."""
-    for name in ("step-llama2-7b", "step-longest", "step-llama3-8b"):
+    for name in ("step-llama2-7b", "step-policies", "step-longest", "step-llama3-8b"):
         measured = json.loads(sorted(RESULTS.glob(f"*-{name}.json"))[-1].read_text(encoding="utf-8"))
         for row in measured["rows"]:
             if row["contender"] in ("recompute", "auto") and "seconds" in row:

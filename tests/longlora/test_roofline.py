@@ -11,7 +11,7 @@ from longlora.segments import plan_segments
 
 LORA = {"rank": 4, "alpha": 8, "dropout": 0.0, "targets": "auto", "rslora": False, "dora": False}
 LORA |= {"train_embeddings": True, "train_norms": True}
-COSTS = ActivationCosts(layers=2, inputs=1, attention=1, everything=10, work=3, mlp=6)
+COSTS = ActivationCosts(layers=2, around=1, inputs=1, attention=1, everything=10, work=3, mlp=6)
 
 
 def model_of(adapter: dict[str, object] | None = LORA) -> LongContextModel:

@@ -8,7 +8,7 @@ import torch
 
 from longlora.attention import Shape, choose_backend, selection
 from longlora.attention import sdpa as right
-from longlora.segments import plan_segments
+from longlora.segments import SegmentPlan, plan_segments
 
 ALONE, PACKED = plan_segments([8192], 2048), plan_segments([4000, 4192], 2048)
 CPU = Shape(torch.device("cpu"), torch.float32, 4, 2, 16)
@@ -21,6 +21,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Shape:
     for name in milliseconds:
         monkeypatch.setattr(selection.BACKENDS[name], "refusal", lambda device, dtype, head_dim: None)
     monkeypatch.setattr(selection, "_wrong", lambda backend, shape: None)
+    monkeypatch.setattr(SegmentPlan, "to", lambda plan, device: plan)
     monkeypatch.setattr(
         selection,
         "_milliseconds",
@@ -52,6 +53,28 @@ def test_a_kernel_that_computes_something_else_is_refused(gpu: Shape, monkeypatc
     )
     choice = choose_backend(gpu, ALONE)
     assert (choice.name, choice.refused["cudnn"]) == ("varlen", wrong)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "group_size", "timed", "longest"),
+    [(8192, 2048, 8192, 2048), (6144, 2048, 8192, 2048), (102400, 8192, 32768, 8192), (102400, None, 32768, 32768)],
+)
+def test_rows_as_long_as_those_asked_for_are_timed(
+    gpu: Shape, monkeypatch: pytest.MonkeyPatch, tokens: int, group_size: int | None, timed: int, longest: int
+) -> None:
+    plans = []
+    monkeypatch.setattr(selection, "_milliseconds", lambda backend, shape, plan: plans.append(plan) or 1.0)
+    choose_backend(gpu, plan_segments([tokens], group_size))
+    assert {(plan.tokens, plan.max_straight) for plan in plans} == {(timed, longest)}
+
+
+def test_where_memory_is_full_nothing_is_timed(gpu: Shape, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*unused: Any) -> float:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(selection, "_milliseconds", fails)
+    choice = choose_backend(gpu, ALONE)
+    assert (choice.name, choice.timed) == ("cudnn", {})
 
 
 def test_deterministic_runs_do_not_choose_by_the_clock(gpu: Shape, monkeypatch: pytest.MonkeyPatch) -> None:
