@@ -46,14 +46,14 @@ def counted(name: str) -> tuple[LongContextModel, ActivationCosts, Recomputation
 
 @pytest.mark.parametrize(("name", "row"), rows())
 def test_peak_memory(name: str, row: dict[str, Any]) -> None:
-    """Within a tenth."""
+    """Within 3 %; `auto` leaves 5 % of the memory alone."""
     model, costs, _ = counted(name)
     config = model.causal_lm.config
     # Weights; and of what trains masters, both moments and a gradient.
     static = sum(p.numel() * (p.element_size() + 14 * p.requires_grad) for p in model.parameters())
     head = head_bytes(config.vocab_size, config.hidden_size, row["tokens"], fused=True)
     activations = required(costs, policy_named(row["policy"]), row["tokens"], head)
-    assert (static + activations) / 2**30 == pytest.approx(row["peak GiB"], rel=0.1)
+    assert (static + activations) / 2**30 == pytest.approx(row["peak GiB"], rel=0.03)
 
 
 @pytest.mark.parametrize(("name", "row"), rows())
