@@ -77,7 +77,7 @@ def compare(settings: dict[str, Any]) -> list[dict[str, float]]:
     worker.restore()
     optimization = worker.config.optimization
     order = (worker.config.run.seed, optimization.global_batch, optimization.micro_batch)
-    with Feed(worker.packs, *order, worker.world_size, worker.rank) as feed:
+    with Feed(worker.packs, *order, worker.world_size, worker.rank, worker.row_cost) as feed:
         batches = [[batch.to(worker.engine.device) for batch in feed.step(step)] for step in range(optimization.steps)]
     bare = BareLoop(worker.config, len(batches[0]))
 

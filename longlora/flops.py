@@ -21,12 +21,17 @@ def attention_pairs(plan: SegmentPlan) -> float:
     return sum(run.repeats * run.length**2 for runs in halves for run in runs) / len(halves) / 2
 
 
-def attention_operations(config: PreTrainedConfig, plan: SegmentPlan) -> float:
-    """Of one layer's attention in the forward pass of the row: two products of 2·d operations a pair and head."""
+def pair_operations(config: PreTrainedConfig) -> int:
+    """Of one layer's attention in the forward pass, a query-key pair of every head: two products of 2·d operations."""
     settings: Any = config
     heads = settings.num_attention_heads
     head_dim = getattr(settings, "head_dim", None) or settings.hidden_size // heads
-    return 2 * 2 * heads * head_dim * attention_pairs(plan)
+    return 2 * 2 * heads * head_dim
+
+
+def attention_operations(config: PreTrainedConfig, plan: SegmentPlan) -> float:
+    """Of one layer's attention in the forward pass of the row."""
+    return pair_operations(config) * attention_pairs(plan)
 
 
 def linear_operations(model: nn.Module, config: PreTrainedConfig) -> float:

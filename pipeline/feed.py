@@ -1,6 +1,6 @@
 """Packs into this worker's micro-batches, read ahead in the background."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Self
@@ -8,10 +8,13 @@ from typing import Self
 import numpy as np
 import torch
 
-from pipeline.order import micro_steps, positions_of_step, sequences_at, share
+from pipeline.order import even_shares, micro_steps, positions_of_step, sequences_at
 from pipeline.packs import Packs, Row, row_hash
 
 NO_TARGET = -100
+
+Cost = Callable[[int, Sequence[int]], float]
+"""Work of a row in a step, in any unit: (step, tokens of each document) → cost; the same on every worker."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,10 @@ class MicroBatch:
             first += length
         return hashes
 
+    def told(self) -> list[tuple[int, int, int]]:
+        """(position, sequence, hash) of each of its rows."""
+        return list(zip(self.positions, self.sequences, self.hashes(), strict=True))
+
     def to(self, device: torch.device | str) -> "MicroBatch":
         """The same batch with its tensors on `device`."""
         return replace(
@@ -81,11 +88,14 @@ def collate(rows: Sequence[Row], sequences: Sequence[int], positions: Sequence[i
 class Feed:
     """The micro-batches of one worker. The packs are read by one background thread, which stays a step ahead."""
 
-    def __init__(self, packs: Packs, seed: int, global_batch: int, micro_batch: int, world_size: int, rank: int):
+    def __init__(
+        self, packs: Packs, seed: int, global_batch: int, micro_batch: int, world_size: int, rank: int, cost: Cost
+    ):
         self._packs = packs
         self._seed = seed
-        self._global_batch = global_batch
-        self._micro_steps = micro_steps(share(global_batch, world_size, rank), micro_batch)
+        self._global_batch, self._micro_batch = global_batch, micro_batch
+        self._world_size, self._rank = world_size, rank
+        self._cost = cost
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="feed")
         self._ahead: dict[int, Future[list[MicroBatch]]] = {}
 
@@ -112,8 +122,18 @@ class Feed:
 
     def _read(self, step: int) -> list[MicroBatch]:
         positions = positions_of_step(step, self._global_batch)
-        return [self._micro_batch(positions[chunk.start : chunk.stop]) for chunk in self._micro_steps]
+        mine = self._share(step, sequences_at(positions, self._seed, self._packs.count))
+        return [
+            self._collated([positions[offset] for offset in offsets])
+            for offsets in micro_steps(mine, self._micro_batch)
+        ]
 
-    def _micro_batch(self, positions: range) -> MicroBatch:
+    def _share(self, step: int, sequences: Sequence[int]) -> Sequence[int]:
+        if self._world_size == 1:
+            return range(len(sequences))
+        costs = [self._cost(step, self._packs.document_lengths(sequence)) for sequence in sequences]
+        return even_shares(costs, self._world_size)[self._rank]
+
+    def _collated(self, positions: Sequence[int]) -> MicroBatch:
         sequences = sequences_at(positions, self._seed, self._packs.count)
         return collate([self._packs.row(sequence) for sequence in sequences], sequences, positions)

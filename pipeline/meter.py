@@ -3,10 +3,11 @@
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 
 import torch
 
-from longlora.flops import attention_operations, linear_operations
+from longlora.flops import attention_operations, attention_pairs, linear_operations, pair_operations
 from longlora.model import LongContextModel
 from longlora.segments import plan_segments
 from pipeline.feed import MicroBatch
@@ -49,6 +50,17 @@ class Meter:
         plans = [plan_segments(batch.document_lengths, group_size) for batch in batches]
         attention = sum(attention_operations(self._config, plan) for plan in plans) * 7 / 2 * self._layers
         return self._linear * sum(plan.tokens for plan in plans) + attention
+
+    def row_operations(self, document_lengths: Sequence[int], group_size: int | None) -> float:
+        """That a row needs, each document as if it were alone: a sum over lengths, most of which have been met."""
+        pairs = sum(_pairs(length, group_size) for length in document_lengths)
+        attention = pair_operations(self._config) * pairs * 7 / 2 * self._layers
+        return self._linear * sum(document_lengths) + attention
+
+
+@lru_cache(maxsize=2**16)
+def _pairs(length: int, group_size: int | None) -> float:
+    return attention_pairs(plan_segments([length], group_size))
 
 
 def peak_rate(device: torch.device) -> float | None:

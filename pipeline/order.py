@@ -5,6 +5,7 @@ sequence at position p is entry p mod n of the permutation of epoch p ÷ n. The 
 which of them.
 """
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -39,16 +40,32 @@ def positions_of_step(step: int, global_batch: int) -> range:
     return range(step * global_batch, (step + 1) * global_batch)
 
 
-def sequences_at(positions: range, seed: int, count: int) -> list[int]:
+def sequences_at(positions: Sequence[int], seed: int, count: int) -> list[int]:
     """The sequences at these positions, across the end of an epoch too."""
     return [int(permutation(seed, position // count, count)[position % count]) for position in positions]
 
 
 def share(global_batch: int, world_size: int, rank: int) -> range:
-    """Offsets inside the step that `rank` takes: contiguous; the shares of two ranks differ by one at most."""
+    """A contiguous part of the offsets for each rank; those of two ranks differ by one at most."""
     return range(rank * global_batch // world_size, (rank + 1) * global_batch // world_size)
 
 
-def micro_steps(offsets: range, micro_batch: int) -> list[range]:
+def even_shares(costs: Sequence[float], world_size: int) -> list[list[int]]:
+    """Offsets inside the step that each rank takes, as many as in its `share`, so that all have about the same work.
+
+    Longest processing time first (Graham 1969): the most expensive row that is left goes to the rank with the least
+    work among those that have room. costs: of each row of the step. Where rows cost the same, ranks take turns.
+    """
+    room = [len(share(len(costs), world_size, rank)) for rank in range(world_size)]
+    work = [0.0] * world_size
+    shares: list[list[int]] = [[] for _ in range(world_size)]
+    for offset in sorted(range(len(costs)), key=lambda offset: -costs[offset]):
+        rank = min((rank for rank in range(world_size) if len(shares[rank]) < room[rank]), key=lambda rank: work[rank])
+        shares[rank].append(offset)
+        work[rank] += costs[offset]
+    return [sorted(offsets) for offsets in shares]
+
+
+def micro_steps(offsets: Sequence[int], micro_batch: int) -> list[Sequence[int]]:
     """`offsets` in chunks of `micro_batch`, the last one possibly shorter."""
     return [offsets[start : start + micro_batch] for start in range(0, len(offsets), micro_batch)]

@@ -136,7 +136,7 @@ class Packs:
         self._first = [shard["first_sequence"] for shard in manifest["shards"]]
         self._file = lru_cache(maxsize=64)(self._open_shard)
         self._group = lru_cache(maxsize=64)(self._read_group)
-        self._targets = lru_cache(maxsize=None)(self._read_targets)
+        self._sizes = lru_cache(maxsize=None)(self._read_sizes)
 
     @classmethod
     def open(cls, folder: UPath) -> "Packs":
@@ -180,10 +180,12 @@ class Packs:
         )
 
     def target_tokens(self, sequence: int) -> int:
-        """Target tokens of a sequence, without reading it (one small column per shard, kept)."""
-        shard, row = self._place(sequence)
-        with self._lock:
-            return int(self._targets(shard)[row])
+        """Target tokens of a sequence, without reading it (small columns of a shard, kept)."""
+        return self._size(sequence, "target_tokens")
+
+    def document_lengths(self, sequence: int) -> tuple[int, ...]:
+        """Tokens of each document of a sequence, without reading it (small columns of a shard, kept)."""
+        return tuple(self._size(sequence, "document_lengths"))
 
     def verify(self) -> None:
         """Reads every shard and compares its sha256; ConfigError names the first that differs."""
@@ -210,8 +212,13 @@ class Packs:
         columns = ["input_ids", "document_lengths", "document_ids", "target_mask"]
         return self._file(shard).read_row_group(group, columns=columns, use_threads=False)
 
-    def _read_targets(self, shard: int) -> npt.NDArray[np.int32]:
-        return self._file(shard).read(columns=["target_tokens"]).column(0).to_numpy()
+    def _size(self, sequence: int, column: str) -> Any:
+        shard, row = self._place(sequence)
+        with self._lock:
+            return self._sizes(shard).column(column)[row].as_py()
+
+    def _read_sizes(self, shard: int) -> pa.Table:
+        return self._file(shard).read(columns=["document_lengths", "target_tokens"]).combine_chunks()
 
 
 def check_enough(packs: Packs, global_batch: int) -> None:

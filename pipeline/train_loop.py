@@ -1,7 +1,7 @@
 """What each worker runs: the visible loop, and what a step, a validation and a checkpoint are."""
 
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -13,7 +13,7 @@ from upath import UPath
 from longlora.segments import plan_segments
 from pipeline import checkpoints
 from pipeline.activation_policy import agreed_policy, fusion_told, may_fuse
-from pipeline.assignment import Assignment, CheckpointRequest, FinalError
+from pipeline.assignment import Assignment, CheckpointRequest
 from pipeline.checkpoint_writer import CheckpointWriter
 from pipeline.checkpoints import RunState
 from pipeline.config import Config, parse_config
@@ -27,6 +27,7 @@ from pipeline.order import positions_of_step, sequences_at, share
 from pipeline.packs import Packs
 from pipeline.profile_steps import StepProfiler
 from pipeline.system_metrics import sampling
+from pipeline.trained import Part, Trained, together
 
 HOLD_S = 60.0
 """How long workers wait to be stopped after a checkpoint that announced it, before they go on."""
@@ -102,6 +103,7 @@ class Worker:
             config.optimization.micro_batch,
             self.world_size,
             self.rank,
+            self.row_cost,
         )
         self.validation = self._validation_rows()
         self.writer = CheckpointWriter(
@@ -110,6 +112,10 @@ class Worker:
         self.attempt = 0
         self.asked = CheckpointRequest()
         self.eval_loss: tuple[int, float] | None = None
+
+    def row_cost(self, step: int, document_lengths: Sequence[int]) -> float:
+        """Operations of a row in step `step`."""
+        return self.meter.row_operations(document_lengths, group_size_at(step, self.config))
 
     def restore(self) -> int:
         """Takes over the newest checkpoint that verifies; returns the step to go on from."""
@@ -154,7 +160,7 @@ class Worker:
         with self.meter.part("gradients"):
             result = self.engine.accumulate(batches, group_size, target_tokens)
         with self.meter.part("agreement"):
-            trained = self._gather(batches, result.losses, group_size)
+            trained = self._gather(positions, batches, result.losses, group_size)
         rate = learning_rate(step, config.optimization)
         with self.meter.part("update"):
             self.engine.apply(rate)
@@ -246,51 +252,19 @@ class Worker:
         mine = share(count, self.world_size, self.rank)
         return [collate([packs.row(s)], [s], [s]) for s in mine]
 
-    def _gather(self, batches: list[MicroBatch], losses: list[float], group_size: int | None) -> "Trained":
-        """All ranks' sequences, hashes and losses in position order; FinalError names sequences with a bad loss.
-
-        All ranks learn here whether a checkpoint is asked for: they save the same step.
-        """
+    def _gather(
+        self, positions: range, batches: list[MicroBatch], losses: list[float], group_size: int | None
+    ) -> Trained:
+        """What all ranks trained; all learn here whether a checkpoint is asked for, so that they save the same step."""
         request = ray.get(self.assignment.run_log.request.remote()) if self.rank == 0 else None
-        operations = self.meter.operations(batches, group_size)
-        mine = (
-            [s for batch in batches for s in batch.sequences],
-            [h for batch in batches for h in batch.hashes()],
-            losses,
-            sum(batch.input_ids.numel() for batch in batches),
-            operations,
-            self.meter.peak_bytes(),
-            request,
+        part = Part(
+            rows=[row for batch in batches for row in batch.told()],
+            losses=[(batch.positions[0], loss) for batch, loss in zip(batches, losses, strict=True)],
+            tokens=sum(batch.input_ids.numel() for batch in batches),
+            operations=self.meter.operations(batches, group_size),
+            peak_bytes=self.meter.peak_bytes(),
         )
         everyone: list[Any] = [None] * self.world_size
-        dist.all_gather_object(everyone, mine)
-        self.asked = everyone[0][-1]
-        trained = Trained(
-            sequences=[s for part in everyone for s in part[0]],
-            hashes=[h for part in everyone for h in part[1]],
-            loss=sum(loss for part in everyone for loss in part[2]),
-            tokens=sum(part[3] for part in everyone),
-            operations=sum(part[4] for part in everyone),
-            peak_bytes=max(part[5] for part in everyone),
-        )
-        if not abs(trained.loss) < float("inf"):
-            bad = [part[0] for part in everyone if not abs(sum(part[2])) < float("inf")]
-            raise FinalError(
-                f"the loss is {trained.loss} on sequences {bad[0]}: nothing was committed; "
-                "lower optimization.learning_rate, or look at these sequences"
-            )
-        return trained
-
-
-@dataclass(frozen=True)
-class Trained:
-    """What all ranks trained in a step, in position order."""
-
-    sequences: list[int]
-    hashes: list[int]
-    loss: float
-    """Summed over all target tokens, nats."""
-    tokens: int
-    operations: float
-    peak_bytes: int
-    """Of the worker that had most."""
+        dist.all_gather_object(everyone, (part, request))
+        self.asked = everyone[0][1]
+        return together([part for part, _ in everyone], positions)

@@ -32,6 +32,14 @@ class MemoryPacks:
         lengths = (2, sequence % 5 + 1)
         return Row(np.arange(sum(lengths), dtype=np.int32) + 10 * sequence, lengths, ("a", "b"))
 
+    def document_lengths(self, sequence: int) -> tuple[int, ...]:
+        return (2, sequence % 5 + 1)
+
+
+def cost(step: int, document_lengths: tuple[int, ...]) -> float:
+    """Of rows of 3 to 7 tokens; another in every second step, as when a run ends with full attention."""
+    return float(sum(length ** (1 + step % 2) for length in document_lengths))
+
 
 def row(ids: list[int], *lengths: int, mask: list[int] | None = None) -> Row:
     target_mask = None if mask is None else np.array(mask, bool)
@@ -84,14 +92,14 @@ def test_hashes_come_from_the_tensors() -> None:
 def trained(world_size: int, steps: range, batch: int, micro_batch: int) -> list[tuple[list[int], str]]:
     """What workers that start together feed in these steps: (sequences, token hash) of each, as the ledger has them."""
     packs = MemoryPacks(COUNT)
-    feeds = [Feed(packs, SEED, batch, micro_batch, world_size, rank) for rank in range(world_size)]
+    feeds = [Feed(packs, SEED, batch, micro_batch, world_size, rank, cost) for rank in range(world_size)]
     result = []
     for step in steps:
         batches = [one for feed in feeds for one in feed.step(step)]
-        assert [p for one in batches for p in one.positions] == list(positions_of_step(step, batch))
         assert all(1 <= len(one.rows) <= micro_batch for one in batches)
-        hashes = [value for one in batches for value in one.hashes()]
-        result.append(([s for one in batches for s in one.sequences], token_hash(hashes)))
+        told = sorted(row for one in batches for row in one.told())
+        assert [position for position, _, _ in told] == list(positions_of_step(step, batch))
+        result.append(([sequence for _, sequence, _ in told], token_hash([value for _, _, value in told])))
     for feed in feeds:
         feed.close()
     return result
@@ -140,13 +148,28 @@ def test_steps_that_are_redone_feed_the_same_again() -> None:
 
 
 def test_a_worker_without_a_share_gets_nothing() -> None:
-    with Feed(MemoryPacks(10), 0, 2, 1, 3, 0) as feed:
+    with Feed(MemoryPacks(10), 0, 2, 1, 3, 0, cost) as feed:
         assert feed.step(0) == []
+
+
+def test_rows_go_where_there_is_least_work() -> None:
+    """Of eight rows in a step two workers take four each, whose costs differ by less than halves in order would."""
+    packs = MemoryPacks(50)
+    for step in range(6):
+        work = []
+        for rank in range(2):
+            with Feed(packs, SEED, 8, 1, 2, rank, cost) as feed:
+                work.append([cost(step, batch.document_lengths) for batch in feed.step(step)])
+        sequences = sequences_at(positions_of_step(step, 8), SEED, 50)
+        in_order = [cost(step, packs.document_lengths(sequence)) for sequence in sequences]
+        assert sorted(work[0] + work[1]) == sorted(in_order)
+        assert list(map(len, work)) == [4, 4]
+        assert abs(sum(work[0]) - sum(work[1])) <= max(in_order) - min(in_order)
 
 
 def test_the_next_step_is_read_ahead_in_one_thread() -> None:
     packs = MemoryPacks(50)
-    with Feed(packs, 0, 4, 2, 1, 0) as feed:
+    with Feed(packs, 0, 4, 2, 1, 0, cost) as feed:
         feed.step(5)
         feed.step(6)  # was read, or is being read, in the background; asks for step 7
     assert packs.read[:8] == sequences_at(range(20, 28), 0, 50)
@@ -156,7 +179,7 @@ def test_the_next_step_is_read_ahead_in_one_thread() -> None:
 
 
 def test_any_step_may_be_asked_for() -> None:
-    with Feed(MemoryPacks(50), 0, 4, 2, 1, 0) as feed:
+    with Feed(MemoryPacks(50), 0, 4, 2, 1, 0, cost) as feed:
         for step in (3, 10, 3, 4, 0):
             assert [p for batch in feed.step(step) for p in batch.positions] == list(positions_of_step(step, 4))
 
@@ -172,7 +195,7 @@ def test_what_reading_raises_reaches_the_loop() -> None:
         return original(sequence)
 
     packs.row = fail
-    with Feed(packs, 0, 4, 2, 1, 0) as feed:
+    with Feed(packs, 0, 4, 2, 1, 0, cost) as feed:
         feed.step(0)
         feed.step(1)  # reads step 2 ahead, which fails, but not here
         with pytest.raises(OSError, match=f"sequence {bad} cannot be read"):

@@ -47,6 +47,14 @@ def test_operations_are_those_of_the_batches(model: LongContextModel) -> None:
     assert meter.operations([], 128) == 0
 
 
+@pytest.mark.parametrize("group_size", [128, None])
+def test_a_row_costs_what_its_documents_would_alone(model: LongContextModel, group_size: int | None) -> None:
+    config = model.causal_lm.config
+    plans = [plan_segments([length], group_size) for length in (300, 84)]
+    wanted = sum(step_operations(model, config, plan) for plan in plans)
+    assert Meter(model, CPU).row_operations([300, 84], group_size) == pytest.approx(wanted)
+
+
 def batch_of(lengths: tuple[int, ...]) -> SimpleNamespace:
     """All that the meter reads of a micro-batch."""
     return SimpleNamespace(document_lengths=lengths)

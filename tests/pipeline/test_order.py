@@ -5,24 +5,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from pipeline.order import micro_steps, permutation, positions_of_step, sequences_at, share
-
-
-@pytest.mark.parametrize("global_batch", [8, 12, 60])
-@pytest.mark.parametrize("world_size", range(1, 9))
-@pytest.mark.parametrize("micro_batch", [1, 3])
-def test_any_number_of_workers_trains_the_same_sequences(global_batch: int, world_size: int, micro_batch: int) -> None:
-    count, seed = 101, 7  # a step's positions run over the end of an epoch in steps 1, 8, 12 …
-    for step in (0, 1, 8, 12, 25):
-        positions = positions_of_step(step, global_batch)
-        alone = sequences_at(positions, seed, count)
-        together: list[int] = []
-        for rank in range(world_size):
-            for chunk in micro_steps(share(global_batch, world_size, rank), micro_batch):
-                assert 1 <= len(chunk) <= micro_batch
-                together += sequences_at(positions[chunk.start : chunk.stop], seed, count)
-        assert together == alone
-        assert len(alone) == global_batch
+from pipeline.order import even_shares, micro_steps, permutation, positions_of_step, sequences_at, share
 
 
 @pytest.mark.parametrize("world_size", range(1, 9))
@@ -38,8 +21,25 @@ def test_shares_by_hand() -> None:
     assert [len(share(2, 3, rank)) for rank in range(3)] == [0, 1, 1]  # a worker without a share
 
 
+def test_even_shares_by_hand() -> None:
+    assert even_shares([5, 4, 3, 2], 2) == [[0, 3], [1, 2]]
+    assert even_shares([1, 1, 1, 1, 1], 2) == [[0, 2], [1, 3, 4]]  # as many as in share(5, 2, rank)
+    assert even_shares([2, 9], 3) == [[], [1], [0]]
+
+
+@pytest.mark.parametrize("world_size", range(1, 9))
+@pytest.mark.parametrize("global_batch", [1, 3, 8, 12, 60])
+def test_even_shares_have_every_row_once_and_as_many_as_shares_in_order(global_batch: int, world_size: int) -> None:
+    costs = np.random.default_rng(global_batch).uniform(1, 2, global_batch).tolist()
+    shares = even_shares(costs, world_size)
+    assert sorted(offset for offsets in shares for offset in offsets) == list(range(global_batch))
+    assert [len(offsets) for offsets in shares] == [len(share(global_batch, world_size, r)) for r in range(world_size)]
+    assert all(offsets == sorted(offsets) for offsets in shares)
+
+
 def test_micro_steps_by_hand() -> None:
     assert micro_steps(range(5, 10), 2) == [range(5, 7), range(7, 9), range(9, 10)]
+    assert micro_steps([0, 2, 7], 2) == [[0, 2], [7]]
     assert micro_steps(range(3, 3), 2) == []
 
 

@@ -102,6 +102,7 @@ def test_target_tokens_need_no_row(folder: UPath, monkeypatch: pytest.MonkeyPatc
     packs = Packs.open(folder)
     monkeypatch.setattr(Packs, "row", None)
     assert [packs.target_tokens(n) for n in range(37)] == [example_row(n).target_tokens for n in range(37)]
+    assert [packs.document_lengths(n) for n in range(37)] == [example_row(n).document_lengths for n in range(37)]
 
 
 def test_several_threads_may_read(folder: UPath) -> None:
