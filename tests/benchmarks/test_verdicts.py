@@ -45,15 +45,15 @@ def test_of_logging(waited: float, verdict: str) -> None:
     ],
 )
 def test_of_ray(ray: list[float], one: list[float], verdicts: tuple[str, str]) -> None:
-    apart_and_torchrun = {"torchrun": {"step": 1.0}, "apart": {"step": 1.0}}
-    rounds = [{"ray": {"step": r}, "one": {"step": o}} | apart_and_torchrun for r, o in zip(ray, one, strict=True)]
+    others = {name: {"step": 1.0} for name in ("torchrun", "apart", "alone")}
+    rounds = [{"ray": {"step": r}, "one": {"step": o}} | others for r, o in zip(ray, one, strict=True)]
     judged = ray_overhead.judge(rounds)
     assert (judged["verdict 1"], judged["verdict 2"]) == verdicts
 
 
 def test_contenders_with_other_losses_are_not_timed() -> None:
     torchrun = {"losses": [7.0, 6.0], "priority": 0}
-    starts = {"torchrun": torchrun, "ray": torchrun, "one": torchrun | {"losses": [7.0, 6.00003]}}
+    starts = {"torchrun": torchrun, "ray": torchrun, "alone": torchrun, "one": torchrun | {"losses": [7.0, 6.00003]}}
     assert ray_overhead.check_same(starts) == pytest.approx(5e-6)
     for other in ({"losses": [7.0, 6.0001]}, {"losses": [7.0, float("nan")]}, {"priority": 15}):
         with pytest.raises(SystemExit, match="ray"):
