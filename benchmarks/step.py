@@ -137,7 +137,7 @@ def packed(ids: Tensor, plan: SegmentPlan) -> tuple[Tensor, Tensor]:
 def policy_of(name: str, model: LongContextModel, plan: SegmentPlan) -> ActivationPolicy:
     if name in ("auto", "lora"):
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        return auto_policy(model, plan, reserved=6 * trained)
+        return auto_policy(model, plan, probe(model, plan.group_size), reserved=6 * trained)
     return ActivationPolicy(0, mlp_tile=MLP_TILE if plan.tokens > TILED_FROM and name == "recompute" else None)
 
 

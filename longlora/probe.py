@@ -24,17 +24,18 @@ from longlora.segments import SegmentPlan, plan_segments
 PROBE_TOKENS = {"cuda": 4096, "meta": 4096, "cpu": 256}
 
 
-def auto_policy(model: LongContextModel, plan: SegmentPlan, reserved: float = 0.0) -> ActivationPolicy:
+def auto_policy(
+    model: LongContextModel, plan: SegmentPlan, costs: ActivationCosts, reserved: float = 0.0
+) -> ActivationPolicy:
     """The policy for rows like the plan's in what is free on the model's device, less `reserved` bytes for gradients.
 
-    Raises ValueError, with the figures, where not even recomputing every layer with its input in host memory fits.
+    costs: by `probe`. Raises ValueError, with the figures, where not even recomputing every layer with its input in
+    host memory fits.
     """
     device = model.causal_lm.device
     free = free_bytes(device) * (1 - MARGIN) - reserved
     head = head_cost(model, plan.tokens, model.is_head_fused)
-    return policy_within(
-        free, model, plan, probe(model, None if plan.full else plan.group_size), head, is_gpu=device.type == "cuda"
-    )
+    return policy_within(free, model, plan, costs, head, is_gpu=device.type == "cuda")
 
 
 def policy_within(
@@ -79,13 +80,15 @@ def free_bytes(device: torch.device) -> float:
 
 
 def probe(model: LongContextModel, group_size: int | None) -> ActivationCosts:
-    """Measures the costs on the model's device with a short row; gradients of parameters are not made."""
+    """Measures the costs on the model's device with a short row; gradients of parameters are not made.
+
+    group_size: None (full attention) needs most: all heads attend in one call.
+    """
     base = model.causal_lm
     tokens = PROBE_TOKENS[base.device.type]
     inputs = base.config.hidden_size * base.dtype.itemsize
-    # Halves of the heads that attend apart, as in a row of many groups: their kernels need less at a time.
-    group_size = group_size and min(group_size, tokens // 4)
-    measure = _Measure(model, plan_segments([tokens], group_size).to(base.device))
+    plan = plan_segments([tokens], group_size and min(group_size, tokens // 4))  # of several groups, as a long row
+    measure = _Measure(model, plan.to(base.device))
     with _policy_restored(model):
         held, peak = measure(ActivationPolicy(0))
         held_attention, _ = measure(ActivationPolicy(0, 1))

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from longlora import fused
 from longlora.activations import ActivationPolicy
 from longlora.model import LongContextModel
-from longlora.probe import auto_policy
+from longlora.probe import auto_policy, probe
 from longlora.segments import plan_segments
 from pipeline.assignment import FinalError
 from pipeline.config import Config
@@ -45,6 +45,13 @@ def agreed_policy(config: Config, model: LongContextModel) -> ActivationPolicy:
     return min(everyone, key=lambda policy: (not policy.offload, policy.mlp_tile is None, _spared(policy)))
 
 
+def probed_group_size(config: Config) -> int | None:
+    """The config's, or None if rows ever attend in full: in the last steps, or because they are no longer than it."""
+    group_size = config.attention.group_size
+    is_ever_full = config.attention.full_last > 0 or config.context.length <= (group_size or 0)
+    return None if is_ever_full else group_size
+
+
 def _own_policy(config: Config, model: LongContextModel) -> ActivationPolicy | str:
     """This worker's policy, or why there is none."""
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -52,7 +59,7 @@ def _own_policy(config: Config, model: LongContextModel) -> ActivationPolicy | s
     row = [config.context.length] * config.optimization.micro_batch
     plan = plan_segments(row, config.attention.group_size).to(model.causal_lm.device)
     try:
-        return auto_policy(model, plan, gradients)
+        return auto_policy(model, plan, probe(model, probed_group_size(config)), gradients)
     except ValueError as error:
         return str(error)
 

@@ -50,7 +50,7 @@ class MicroBatch:
             first += length
         return hashes
 
-    def told(self) -> list[tuple[int, int, int]]:
+    def row_identities(self) -> list[tuple[int, int, int]]:
         """(position, sequence, hash) of each of its rows."""
         return list(zip(self.positions, self.sequences, self.hashes(), strict=True))
 
@@ -122,18 +122,19 @@ class Feed:
 
     def _read(self, step: int) -> list[MicroBatch]:
         positions = positions_of_step(step, self._global_batch)
-        mine = self._share(step, sequences_at(positions, self._seed, self._packs.count))
+        sequences = sequences_at(positions, self._seed, self._packs.count)
         return [
-            self._collated([positions[offset] for offset in offsets])
-            for offsets in micro_steps(mine, self._micro_batch)
+            collate(
+                [self._packs.row(sequences[offset]) for offset in offsets],
+                [sequences[offset] for offset in offsets],
+                [positions[offset] for offset in offsets],
+            )
+            for offsets in micro_steps(self._share(step, sequences), self._micro_batch)
         ]
 
     def _share(self, step: int, sequences: Sequence[int]) -> Sequence[int]:
+        """Offsets inside the step that this worker takes."""
         if self._world_size == 1:
             return range(len(sequences))
         costs = [self._cost(step, self._packs.document_lengths(sequence)) for sequence in sequences]
         return even_shares(costs, self._world_size)[self._rank]
-
-    def _collated(self, positions: Sequence[int]) -> MicroBatch:
-        sequences = sequences_at(positions, self._seed, self._packs.count)
-        return collate([self._packs.row(sequence) for sequence in sequences], sequences, positions)

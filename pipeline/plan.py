@@ -15,6 +15,7 @@ from longlora.memory import MARGIN, MLP_TILE, ActivationCosts, required
 from longlora.probe import head_cost, policy_within, probe
 from longlora.roofline import Recomputation, recomputation, step_seconds
 from longlora.segments import SegmentPlan, plan_segments
+from pipeline.activation_policy import probed_group_size
 from pipeline.config import Config
 from pipeline.gpus import Gpu
 from pipeline.models import build_model
@@ -155,10 +156,11 @@ class _Subject:
         fuse = config.model.fused == "auto"
         self.model = build_model(config, device="meta", fuse=fuse)
         self.is_head_fused = fuse and config.workers.zero_stage != 3 and type(self._head) is nn.Linear
-        shapes = [config.model, config.adapter, config.attention.group_size]
+        group_size = probed_group_size(config)
+        shapes = [config.model, config.adapter, group_size]
         key = repr(shapes)
         if key not in counted:
-            counted[key] = probe(self.model, config.attention.group_size), recomputation(self.model)
+            counted[key] = probe(self.model, group_size), recomputation(self.model)
         self.costs, self.again = counted[key]
 
     def numel(self, *, trained: bool = False) -> int:

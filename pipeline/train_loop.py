@@ -27,7 +27,7 @@ from pipeline.order import positions_of_step, sequences_at, share
 from pipeline.packs import Packs
 from pipeline.profile_steps import StepProfiler
 from pipeline.system_metrics import sampling
-from pipeline.trained import Part, Trained, together
+from pipeline.trained import Part, Trained, combine
 
 HOLD_S = 60.0
 """How long workers wait to be stopped after a checkpoint that announced it, before they go on."""
@@ -258,7 +258,7 @@ class Worker:
         """What all ranks trained; all learn here whether a checkpoint is asked for, so that they save the same step."""
         request = ray.get(self.assignment.run_log.request.remote()) if self.rank == 0 else None
         part = Part(
-            rows=[row for batch in batches for row in batch.told()],
+            rows=[row for batch in batches for row in batch.row_identities()],
             losses=[(batch.positions[0], loss) for batch, loss in zip(batches, losses, strict=True)],
             tokens=sum(batch.input_ids.numel() for batch in batches),
             operations=self.meter.operations(batches, group_size),
@@ -267,4 +267,4 @@ class Worker:
         everyone: list[Any] = [None] * self.world_size
         dist.all_gather_object(everyone, (part, request))
         self.asked = everyone[0][1]
-        return together([part for part, _ in everyone], positions)
+        return combine([part for part, _ in everyone], positions)

@@ -1,5 +1,6 @@
 """What the ranks trained in a step, put together: every position of the step once, or the run ends."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -33,18 +34,21 @@ class Trained:
     """Of the worker that had most."""
 
 
-def together(parts: Sequence[Part], positions: range) -> Trained:
+def combine(parts: Sequence[Part], positions: range) -> Trained:
     """The parts of all ranks as one. FinalError where the loss is not finite, and where they are not `positions`."""
     rows = sorted(row for part in parts for row in part.rows)
-    if [position for position, _, _ in rows] != list(positions):
+    counts = Counter(position for position, _, _ in rows)
+    if counts != Counter(positions):
+        missing, doubled = sorted(set(positions) - set(counts)), sorted(p for p, n in counts.items() if n > 1)
         raise FinalError(
-            f"the workers trained positions {[row[0] for row in rows]} instead of {positions.start} to "
-            f"{positions.stop - 1}: nothing was committed; all nodes need the same versions"
+            f"workers do not agree on who trains what: of positions {positions.start} to {positions.stop - 1} "
+            f"{missing} are missing and {doubled} doubled; nothing was committed; all nodes need the same versions"
         )
+    losses = sorted(loss for part in parts for loss in part.losses)
     trained = Trained(
         sequences=[sequence for _, sequence, _ in rows],
         hashes=[row_hash for _, _, row_hash in rows],
-        loss=sum(loss for _, loss in sorted(loss for part in parts for loss in part.losses)),
+        loss=sum(loss for _, loss in losses),
         tokens=sum(part.tokens for part in parts),
         operations=sum(part.operations for part in parts),
         peak_bytes=max(part.peak_bytes for part in parts),

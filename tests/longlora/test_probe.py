@@ -85,15 +85,15 @@ def test_auto_keeps_everything_where_it_fits(monkeypatch: pytest.MonkeyPatch) ->
     model = model_of("llama")
     plan = plan_segments([TOKENS], 256)
     before = model.policy
-    assert auto_policy(model, plan) == ActivationPolicy(4)
-    assert model.policy == before, "the probe leaves the policy as it was"
     costs, head = probe(model, 256), head_cost(model, TOKENS, False)
+    assert auto_policy(model, plan, costs) == ActivationPolicy(4)
+    assert model.policy == before, "the probe leaves the policy as it was"
     enough_for_two = required(costs, ActivationPolicy(2), TOKENS, head) / (1 - MARGIN)
     monkeypatch.setattr("longlora.probe.free_bytes", lambda device: enough_for_two + 5000)
-    assert auto_policy(model, plan, reserved=1000).kept == 2
+    assert auto_policy(model, plan, costs, reserved=1000).kept == 2
     monkeypatch.setattr("longlora.probe.free_bytes", lambda device: 1000.0)
     with pytest.raises(ValueError, match=r"^1,024 tokens need 0\.0 GiB of activations even if every layer") as caught:
-        auto_policy(model, plan)
+        auto_policy(model, plan, costs)
     assert "\n" not in str(caught.value)
 
 

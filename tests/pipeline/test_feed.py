@@ -97,7 +97,7 @@ def trained(world_size: int, steps: range, batch: int, micro_batch: int) -> list
     for step in steps:
         batches = [one for feed in feeds for one in feed.step(step)]
         assert all(1 <= len(one.rows) <= micro_batch for one in batches)
-        told = sorted(row for one in batches for row in one.told())
+        told = sorted(row for one in batches for row in one.row_identities())
         assert [position for position, _, _ in told] == list(positions_of_step(step, batch))
         result.append(([sequence for _, sequence, _ in told], token_hash([value for _, _, value in told])))
     for feed in feeds:

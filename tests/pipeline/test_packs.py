@@ -108,8 +108,12 @@ def test_target_tokens_need_no_row(folder: UPath, monkeypatch: pytest.MonkeyPatc
 def test_several_threads_may_read(folder: UPath) -> None:
     packs = Packs.open(folder)
     with ThreadPoolExecutor(4) as threads:
-        rows = list(threads.map(packs.row, [n % 37 for n in range(400)]))
+        sequences = [n % 37 for n in range(400)]
+        read = [threads.map(ask, sequences) for ask in (packs.document_lengths, packs.row, packs.target_tokens)]
+        lengths, rows, targets = map(list, read)
     assert all(same(row, example_row(n % 37)) for n, row in enumerate(rows))
+    assert lengths == [row.document_lengths for row in rows]
+    assert targets == [row.target_tokens for row in rows]
 
 
 def test_verify_reads_every_byte(folder: UPath) -> None:

@@ -66,7 +66,7 @@ def test_the_choice_of_a_backend_says_why_others_were_refused() -> None:
     choice = choose_backend(CPU, plan_segments(DOCUMENTS, 4))
     assert choice.name == "sdpa"
     assert choice.refused["varlen"] == "needs a CUDA device, not cpu"
-    assert str(choice).startswith("sdpa (flash: ")
+    assert str(choice).startswith("sdpa (cudnn: ")
     assert available_backends("cpu", torch.float32, 64)["sdpa"] is None
     assert available_backends("cuda", torch.float32, 64)["varlen"] == "needs bfloat16 or float16, not float32"
     assert "multiple of 8 and at most 256, not 20" in str(available_backends("cuda", torch.bfloat16, 20)["varlen"])
@@ -76,7 +76,7 @@ def test_a_backend_asked_for_by_name_runs_or_says_why_not() -> None:
     assert choose_backend(CPU, plan_segments(DOCUMENTS, 4), "sdpa").refused == {}
     with pytest.raises(ValueError, match=r"^attention backend 'varlen' cannot run here: needs a CUDA device, not cpu$"):
         s2_attention(*row(), plan_segments(DOCUMENTS, 4), backend="varlen")
-    with pytest.raises(ValueError, match=r"^attention backend is 'fast': it must be auto, flash, cudnn, varlen, sdpa$"):
+    with pytest.raises(ValueError, match=r"^attention backend is 'fast': it must be auto, cudnn, flash, varlen, sdpa$"):
         s2_attention(*row(), plan_segments(DOCUMENTS, 4), backend="fast")
 
 

@@ -56,22 +56,32 @@ def test_a_kernel_that_computes_something_else_is_refused(gpu: Shape, monkeypatc
 
 
 @pytest.mark.parametrize(
-    ("tokens", "group_size", "timed", "longest"),
-    [(8192, 2048, 8192, 2048), (6144, 2048, 8192, 2048), (102400, 8192, 32768, 8192), (102400, None, 32768, 32768)],
+    ("documents", "group_size", "timed", "segments"),
+    [
+        ([8192], 2048, 8192, 2048),
+        ([6144], 2048, 8192, 2048),
+        ([102400], 8192, 32768, 8192),
+        ([102400], None, 32768, 32768),
+        ([1536], 2048, 2048, 2048),
+        ([9000, 3000], 2048, 16384, 2048),
+        ([500] * 60, 2048, 32768, 512),  # none is longer than a group
+    ],
 )
 def test_rows_as_long_as_those_asked_for_are_timed(
-    gpu: Shape, monkeypatch: pytest.MonkeyPatch, tokens: int, group_size: int | None, timed: int, longest: int
+    gpu: Shape, monkeypatch: pytest.MonkeyPatch, documents: list[int], group_size: int | None, timed: int, segments: int
 ) -> None:
     plans = []
+    monkeypatch.setattr(selection.BACKENDS["flash"], "refusal", lambda device, dtype, head_dim: None)
     monkeypatch.setattr(selection, "_milliseconds", lambda backend, shape, plan: plans.append(plan) or 1.0)
-    choose_backend(gpu, plan_segments([tokens], group_size))
-    assert {(plan.tokens, plan.max_straight) for plan in plans} == {(timed, longest)}
+    choose_backend(gpu, plan_segments(documents, group_size))
+    assert {(plan.tokens, plan.max_straight) for plan in plans} == {(timed, segments)}
 
 
 def test_where_memory_is_full_nothing_is_timed(gpu: Shape, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*unused: Any) -> float:
         raise torch.OutOfMemoryError
 
+    monkeypatch.setattr(selection.BACKENDS["flash"], "refusal", lambda device, dtype, head_dim: None)
     monkeypatch.setattr(selection, "_milliseconds", fails)
     choice = choose_backend(gpu, ALONE)
     assert (choice.name, choice.timed) == ("cudnn", {})
