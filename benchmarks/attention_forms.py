@@ -48,20 +48,18 @@ def original_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, group_
         return rolled.view(tokens // group_size, group_size, heads, head_dim).transpose(1, 2)
 
     q, k, v = (grouped(t) for t in (q, k, v))
-    scores = q @ k.transpose(2, 3) / math.sqrt(head_dim) + mask(len(q), straight, heads, group_size, q)
+    causal = torch.full((group_size, group_size), -math.inf, dtype=q.dtype).triu(1)
+    scores = q @ k.transpose(2, 3) / math.sqrt(head_dim) + causal
+    without_leak(scores[-1, straight:])
     out = (torch.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype) @ v).transpose(1, 2)
     out = out.reshape(tokens, heads, head_dim)
     return torch.cat([out[:, :straight], out[:, straight:].roll(group_size // 2, dims=0)], dim=1)
 
 
-def mask(groups: int, straight: int, heads: int, group_size: int, like: torch.Tensor) -> torch.Tensor:
-    """0 where a query may look, else -inf, (groups, heads, G, G): causal, and the last shifted group in two halves."""
-    causal = torch.full((group_size, group_size), -math.inf, dtype=like.dtype).triu(1)
-    masks = causal.expand(groups, heads, -1, -1)
-    halves = causal.clone()
-    halves[group_size // 2 :, : group_size // 2] = -math.inf
-    last = torch.cat([masks[-1:, :straight], halves.expand(1, heads - straight, -1, -1)], dim=1)
-    return torch.cat([masks[:-1], last])
+def without_leak(scores: torch.Tensor) -> None:
+    """Parts the last shifted group, (heads, G, G), where the beginning of the row, rolled there, would see its end."""
+    half = scores.shape[-1] // 2
+    scores[:, half:, :half] = -math.inf
 
 
 def contenders(tokens: int, group_size: int) -> dict[str, Attention]:

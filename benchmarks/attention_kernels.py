@@ -99,7 +99,7 @@ def check(options: argparse.Namespace) -> None:
     """Every contender gives what the definition gives, outputs and gradients, or the benchmark stops."""
     tokens, group_size = 2048, 512
     *row, grad = random_row(tokens, options.heads, options.kv_heads, options.head_dim, options)
-    documents = documents_of(tokens, options.document and 700)
+    documents = documents_of(tokens, options.document and 700)  # longer than a group and not a multiple of it
     plan = plan_segments(documents, group_size).to(options.device)
     exact_row = [t.detach().float().requires_grad_() for t in row]
     exact = reference_attention(*exact_row, documents, group_size)

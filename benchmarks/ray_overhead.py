@@ -13,8 +13,8 @@ anew in every round, in an order that turns round with each:
     apart      two processes with two rows each that exchange nothing: what the machine itself gives for two workers
 
 A start's step time is the median over its steps after the first ones, in which processes of Ray still start beside it,
-on the slower worker; a ratio is the median over the rounds. Losses are compared first: all of torchrun, ray and one
-must agree to 10⁻⁵, step by step; and the processes must have the same priority.
+on the slower worker; a ratio is the median over the rounds. Losses are compared first: torchrun, ray, one
+and alone must agree to 10⁻⁵, step by step; and the processes must have the same priority.
 
 Ratio 1: ray over torchrun, step time. Goal: at most 1.03. Limit: 1. On a machine of two cores the workers leave nothing
 for Ray's processes, each of which wakes 100 times a second; one over alone says what it costs where a core is free.
@@ -172,8 +172,8 @@ def judge(rounds: Sequence[Round]) -> dict[str, Any]:
         "spread of it": f"{overhead_spread:.1%}",
         "goal 1": f"at most {OVERHEAD_GOAL}",
         "verdict 1": verdict(OVERHEAD_GOAL / overhead, 1.0, overhead_spread),
-        "with a core free": round(with_room, 4),
-        "spread there": f"{with_room_spread:.1%}",
+        "one_over_alone": round(with_room, 4),
+        "spread of that ratio": f"{with_room_spread:.1%}",
         "scaling": round(scaling, 3),
         "spread of that": f"{scaling_spread:.1%}",
         "goal 2": f"at least {SCALING_GOAL}",

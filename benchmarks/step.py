@@ -302,7 +302,7 @@ def main() -> int:
     check(options)
     longest = max(tokens for tokens, _ in options.cases)
     facts = machine("cuda", model=options.model, fused=options.fused, memory=f"{total_gib():.0f} GiB")
-    facts["attention"] = " / ".join(attention_of(case, options) for case in options.cases)
+    facts["attention"] = " / ".join(dict.fromkeys(attention_of(case, options) for case in options.cases))
     rows: list[dict[str, Any]] = []
     groups = [("hf",), ("full", "recompute", "auto"), ("lora",)]
     for group in groups:

@@ -19,11 +19,11 @@ _ATTENTION_RATE = 0.7  # of attention kernels relative to matrix products, for w
 class ActivationCosts:
     """Bytes a token of one layer, and of what stands around the layers.
 
-    around: kept beside the layers until the loss is made: input and output of the last norm. inputs: of a layer, which
-    a recomputed layer keeps. attention: of its output and log-sum-exp. everything: that a
-    layer keeps if it is not recomputed, input included. work: at the peak of a layer's backward pass beside what it
-    keeps. mlp: the part of everything + work that an MLP in pieces needs for one piece instead of the row; 0 where the
-    MLP trains and cannot run in pieces.
+    around: kept beside the layers: input and output of the last norm above all, gone only in the backward pass.
+    inputs: of a layer, which a recomputed layer keeps. attention: of its output and log-sum-exp. everything: that a layer keeps if
+    it is not recomputed, input included. work: at the peak of a layer's backward pass beside what it keeps. mlp: the
+    part of everything + work that an MLP in pieces needs for one piece instead of the row; 0 where the MLP trains and
+    cannot run in pieces.
     """
 
     layers: int

@@ -101,3 +101,11 @@ def test_the_hosts_memory_is_shared_by_its_workers(monkeypatch: pytest.MonkeyPat
     alone = free_bytes(torch.device("cpu"))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert free_bytes(torch.device("cpu")) == pytest.approx(alone / 4, rel=0.2)
+
+
+def test_what_stands_around_the_layers() -> None:
+    """In fp32: input, normed input and output of the last norm and its inverse root mean square; cos and sin; ids."""
+    model = model_of("llama")
+    config = model.causal_lm.config
+    hidden, head_dim = config.hidden_size, config.hidden_size // config.num_attention_heads
+    assert probe(model, 256).around == 4 * (3 * hidden + 1) + 4 * 2 * head_dim + 8

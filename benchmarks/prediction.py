@@ -1,0 +1,127 @@
+"""How well does `plan` foresee a step? Memory and time from shapes alone, against what was measured on a GPU.
+
+    python benchmarks/prediction.py --save        # half a minute, on any machine
+
+Of every row that the newest results of `benchmarks/step.py` have of S²-Attn on an H200: one row of one document, all
+recomputed, or kept as ``auto`` chose. Predicted as `pipeline/plan.py` does, on the meta device: peak memory from a
+probe, seconds from the roofline with the rates of an H200.
+
+Goals: memory within 10 %, time within 10 %. `tests/longlora/test_against_h200.py` holds both, memory to 3 %.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from figures import RESULTS, as_table, machine, save
+
+from longlora.activations import ActivationPolicy
+from longlora.memory import MLP_TILE, ActivationCosts, head_bytes, required
+from longlora.model import LongContextModel, build_base, training_model
+from longlora.probe import probe
+from longlora.roofline import Rates, Recomputation, recomputation, step_seconds
+from longlora.segments import plan_segments
+
+GOAL = 0.10
+GROUP_SIZE = 8192
+H200 = Rates(790e12, 4.3e12)
+NAMES = ("step-llama2-7b", "step-policies", "step-longest", "step-llama3-8b")
+LORA = {"rank": 8, "alpha": 16, "dropout": 0.0, "targets": "auto", "rslora": False, "dora": False}
+LORA |= {"train_embeddings": True, "train_norms": True}
+SHAPES = {
+    "llama2-7b": {"intermediate_size": 11008, "num_key_value_heads": 32, "vocab_size": 32000},
+    "llama3-8b": {"intermediate_size": 14336, "num_key_value_heads": 8, "vocab_size": 128256},
+}
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One measured row, and what shapes alone say of it."""
+
+    result: str
+    model: str
+    row: dict[str, Any]
+
+    @property
+    def policy(self) -> ActivationPolicy:
+        """The policy that says so of itself."""
+        policies = (
+            ActivationPolicy(kept, attention, mlp_tile=tile)
+            for kept in range(33)
+            for attention in range(33 - kept)
+            for tile in (None, MLP_TILE)
+        )
+        return next(policy for policy in policies if str(policy) == self.row["policy"])
+
+    @property
+    def gib(self) -> float:
+        """Weights; masters, both moments and a gradient of what trains; activations at their peak."""
+        model, costs, _ = counted(self.model)
+        config = model.causal_lm.config
+        static = sum(p.numel() * (p.element_size() + 14 * p.requires_grad) for p in model.parameters())
+        head = head_bytes(config.vocab_size, config.hidden_size, self.row["tokens"], fused=True)
+        return (static + required(costs, self.policy, self.row["tokens"], head)) / 2**30
+
+    @property
+    def seconds(self) -> float:
+        model, costs, again = counted(self.model)
+        plan = plan_segments([self.row["tokens"]], self.row["group_size"])
+        return step_seconds(model, plan, self.policy, costs, again, H200)
+
+
+@cache
+def counted(name: str) -> tuple[LongContextModel, ActivationCosts, Recomputation]:
+    shapes = {"model_type": "llama", "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32}
+    settings = {"dtype": torch.bfloat16, "rope": None, "context_length": 512, "init_seed": 0, "device": "meta"}
+    base = build_base(None, shapes | {"max_position_embeddings": 512} | SHAPES[name], fuse=True, **settings)
+    model = training_model(base, LORA, fuse=True)
+    return model, probe(model, GROUP_SIZE), recomputation(model)
+
+
+def predictions() -> Iterator[Prediction]:
+    """Of the rows that follow a policy and attend by S²-Attn."""
+    for name in NAMES:
+        measured = json.loads(sorted(RESULTS.glob(f"*-{name}.json"))[-1].read_text(encoding="utf-8"))
+        for row in measured["rows"]:
+            if row["contender"] in ("recompute", "auto") and "seconds" in row:
+                yield Prediction(name, measured["model"], row)
+
+
+def compare(prediction: Prediction) -> dict[str, Any]:
+    row = prediction.row
+    memory, time = prediction.gib / row["peak GiB"], prediction.seconds / row["seconds"]
+    within = abs(memory - 1) <= GOAL and abs(time - 1) <= GOAL
+    return {
+        "result": prediction.result,
+        "tokens": row["tokens"],
+        "policy": row["policy"],
+        "GiB": row["peak GiB"],
+        "GiB predicted": f"{prediction.gib:.1f}",
+        "memory ratio": f"{memory:.3f}",
+        "seconds": row["seconds"],
+        "seconds predicted": f"{prediction.seconds:.2f}",
+        "time ratio": f"{time:.3f}",
+        "verdict": "PASS" if within else "FAIL",
+    }
+
+
+def main() -> int:
+    """0 if every row is within the goals."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--save", action="store_true", help="write benchmarks/results/<date>-prediction.json and .md")
+    options = parser.parse_args()
+    rows = [compare(prediction) for prediction in predictions()]
+    print(as_table(rows))
+    if options.save:
+        facts = machine("cpu", measured="on an NVIDIA H200, see the results named", goal=GOAL)
+        print(f"written to {save('prediction', 'Memory and time of a step, predicted and measured', facts, rows)}")
+    return 1 if any(row["verdict"] == "FAIL" for row in rows) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
