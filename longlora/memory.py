@@ -20,10 +20,10 @@ class ActivationCosts:
     """Bytes a token of one layer, and of what stands around the layers.
 
     around: kept beside the layers: input and output of the last norm above all, gone only in the backward pass.
-    inputs: of a layer, which a recomputed layer keeps. attention: of its output and log-sum-exp. everything: that a layer keeps if
-    it is not recomputed, input included. work: at the peak of a layer's backward pass beside what it keeps. mlp: the
-    part of everything + work that an MLP in pieces needs for one piece instead of the row; 0 where the MLP trains and
-    cannot run in pieces.
+    inputs: of a layer, which a recomputed layer keeps. attention: of its output and log-sum-exp. everything: that a
+    layer keeps if it is not recomputed, input included. work: at the peak of a layer's backward pass beside what it
+    keeps. mlp: the part of everything + work that an MLP in pieces needs for one piece instead of the row; 0 where the
+    MLP trains and cannot run in pieces.
     """
 
     layers: int
