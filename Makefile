@@ -31,7 +31,7 @@ soak: setup  ## Disturb real runs: the slow tests, and three kinds of chaos; 100
 	timeout 3000 $(BIN)/python -m pytest -m slow
 	timeout 3000 $(BIN)/python benchmarks/chaos.py --disturbances 6
 
-bench: setup  ## Attention, the loop, logging, Ray, checkpoints, recoveries, balance here: over an hour (context_use.py compares runs)
+bench: setup  ## Attention, the loop, logging, Ray, checkpoints, recoveries, balance here: over an hour; fails where a goal is missed
 	@status=0; for question in attention attention_forms loop checkpoint recovery logging_cost ray_overhead balance; do \
 	    $(BIN)/python benchmarks/$$question.py || status=$$?; \
 	done; exit $$status
