@@ -14,11 +14,16 @@ LONG = 40  # characters of a value
 
 
 def run_config(run_folder: UPath) -> Config:
-    """The config that a run was started with; ConfigError if it has not been started."""
+    """The config that a run was started with; ConfigError if there is none, or one of a version with other settings."""
     path = run_folder / FILE
     if not path.exists():
         raise ConfigError(f"{run_folder}: is no run folder, it has no {FILE}")
-    return parse_config(yaml.safe_load(path.read_text(encoding="utf-8")))
+    try:
+        return parse_config(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except ConfigError as error:
+        raise ConfigError(
+            f"{path} was written by another version ({error}): give the run another name, or go on with that version"
+        ) from None
 
 
 def keep_config(config: Config, run_folder: UPath) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 from upath import UPath
 
 from pipeline import checkpoints
@@ -83,3 +84,16 @@ def test_a_run_whose_storage_was_moved_is_resumed(make_run: Callable, tmp_path: 
 def test_a_folder_that_is_no_run_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"is no run folder, it has no config\.yaml"):
         run_config(UPath(tmp_path))
+
+
+def test_a_run_of_another_version_is_named(make_run: Callable) -> None:
+    config, folder = make_run()
+    values = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    values["model"]["gradient_checkpointing"] = True
+    (folder / "config.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
+    with pytest.raises(ConfigError) as caught:
+        check_unchanged(config, folder)
+    assert str(caught.value) == (
+        f"{folder}/config.yaml was written by another version (model.gradient_checkpointing: unknown key; did you mean "
+        "checkpoint?): give the run another name, or go on with that version"
+    )
