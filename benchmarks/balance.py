@@ -27,7 +27,7 @@ last row of a window is short: it costs less than any other, and steps that hold
 import argparse
 import sys
 from collections.abc import Sequence
-from functools import cache, lru_cache
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -35,8 +35,7 @@ import torch
 from figures import Row, as_table, machine, save, verdict
 from transformers import LlamaConfig, LlamaModel
 
-from longlora.flops import attention_operations, linear_operations
-from longlora.segments import plan_segments
+from longlora.flops import document_pairs, linear_operations, pair_operations
 from pipeline.order import even_shares, positions_of_step, sequences_at, share
 from pipeline.packing import WINDOW_TOKENS, pack
 
@@ -76,16 +75,10 @@ def operations_of_a_token() -> float:
         return linear_operations(LlamaModel(LLAMA_2_7B).requires_grad_(False), LLAMA_2_7B)
 
 
-@cache
-def attention_of(length: int, group_size: int | None) -> float:
-    """Operations of a document's attention in all layers, as `longlora.flops.step_operations` counts them."""
-    plan = plan_segments([length], group_size)
-    return attention_operations(LLAMA_2_7B, plan) * 7 / 2 * LLAMA_2_7B.num_hidden_layers
-
-
 def cost(documents: Sequence[int], group_size: int | None) -> float:
     """Operations of a row: documents do not attend to each other, so theirs add up."""
-    attention = sum(attention_of(length, group_size) for length in documents)
+    pairs = sum(document_pairs(length, group_size) for length in documents)
+    attention = pair_operations(LLAMA_2_7B) * pairs * 7 / 2 * LLAMA_2_7B.num_hidden_layers
     return operations_of_a_token() * sum(documents) + attention
 
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from figures import RESULTS, as_table, machine, save
+from step import LORA, MODELS
 
 from longlora.activations import ActivationPolicy
 from longlora.memory import MLP_TILE, ActivationCosts, head_bytes, required
@@ -31,12 +32,6 @@ GOAL = 0.10
 GROUP_SIZE = 8192
 H200 = Rates(790e12, 4.3e12)
 NAMES = ("step-llama2-7b", "step-policies", "step-longest", "step-llama3-8b")
-LORA = {"rank": 8, "alpha": 16, "dropout": 0.0, "targets": "auto", "rslora": False, "dora": False}
-LORA |= {"train_embeddings": True, "train_norms": True}
-SHAPES = {
-    "llama2-7b": {"intermediate_size": 11008, "num_key_value_heads": 32, "vocab_size": 32000},
-    "llama3-8b": {"intermediate_size": 14336, "num_key_value_heads": 8, "vocab_size": 128256},
-}
 
 
 @dataclass(frozen=True)
@@ -76,10 +71,9 @@ class Prediction:
 
 @cache
 def counted(name: str) -> tuple[LongContextModel, ActivationCosts, Recomputation]:
-    shapes = {"model_type": "llama", "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32}
     settings = {"dtype": torch.bfloat16, "rope": None, "context_length": 512, "init_seed": 0, "device": "meta"}
-    base = build_base(None, shapes | {"max_position_embeddings": 512} | SHAPES[name], fuse=True, **settings)
-    model = training_model(base, LORA, fuse=True)
+    base = build_base(None, MODELS[name] | {"max_position_embeddings": 512}, fuse=True, **settings)
+    model = training_model(base, LORA | {"train_embeddings": True, "train_norms": True}, fuse=True)
     return model, probe(model, GROUP_SIZE), recomputation(model)
 
 

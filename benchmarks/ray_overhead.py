@@ -13,11 +13,11 @@ anew in every round, in an order that turns round with each:
     apart      two processes with two rows each that exchange nothing: what the machine itself gives for two workers
 
 A start's step time is the median over its steps after the first ones, in which processes of Ray still start beside it,
-on the slower worker; a ratio is the median over the rounds. Losses are compared first: torchrun, ray, one
-and alone must agree to 10⁻⁵, step by step; and the processes must have the same priority.
+on the slower worker; a ratio is the median over the rounds. Losses are compared first: torchrun, ray, one and
+alone must agree to 10⁻⁵, step by step; and the processes must have the same priority.
 
 Ratio 1: ray over torchrun, step time. Goal: at most 1.03. Limit: 1. On a machine of two cores the workers leave nothing
-for Ray's processes, each of which wakes 100 times a second; one over alone says what it costs where a core is free.
+for Ray's own processes; one over alone says what these cost where a core is free.
 Ratio 2: one over ray, step time (both train the same rows). Goal: at least 1.8. Limit: 2, or what `apart` reaches.
 Seconds from the command to the end of the first step stand beside them; no goal is set for them.
 """

@@ -3,13 +3,14 @@
 A multiplication and an addition are two operations. Causal attention counts the half of the pairs that it needs.
 """
 
+from functools import lru_cache
 from math import prod
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedConfig
 
-from longlora.segments import SegmentPlan
+from longlora.segments import SegmentPlan, plan_segments
 
 
 def attention_pairs(plan: SegmentPlan) -> float:
@@ -19,6 +20,12 @@ def attention_pairs(plan: SegmentPlan) -> float:
     """
     halves = (plan.straight_runs, plan.shifted_runs)
     return sum(run.repeats * run.length**2 for runs in halves for run in runs) / len(halves) / 2
+
+
+@lru_cache(maxsize=2**16)
+def document_pairs(length: int, group_size: int | None) -> float:
+    """`attention_pairs` of a document as if it were alone in its row; lengths of packed documents come again."""
+    return attention_pairs(plan_segments([length], group_size))
 
 
 def pair_operations(config: PreTrainedConfig) -> int:

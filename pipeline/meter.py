@@ -3,11 +3,10 @@
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
 
 import torch
 
-from longlora.flops import attention_operations, attention_pairs, linear_operations, pair_operations
+from longlora.flops import attention_pairs, document_pairs, linear_operations, pair_operations
 from longlora.model import LongContextModel
 from longlora.segments import plan_segments
 from pipeline.feed import MicroBatch
@@ -48,19 +47,15 @@ class Meter:
     def operations(self, batches: Sequence[MicroBatch], group_size: int | None) -> float:
         """That these batches need, S²-Attn as S²-Attn; what is computed again for lack of memory does not count."""
         plans = [plan_segments(batch.document_lengths, group_size) for batch in batches]
-        attention = sum(attention_operations(self._config, plan) for plan in plans) * 7 / 2 * self._layers
-        return self._linear * sum(plan.tokens for plan in plans) + attention
+        return self._operations(sum(plan.tokens for plan in plans), sum(attention_pairs(plan) for plan in plans))
 
     def row_operations(self, document_lengths: Sequence[int], group_size: int | None) -> float:
         """That a row needs, each document as if it were alone: a sum over lengths, most of which have been met."""
-        pairs = sum(_pairs(length, group_size) for length in document_lengths)
-        attention = pair_operations(self._config) * pairs * 7 / 2 * self._layers
-        return self._linear * sum(document_lengths) + attention
+        pairs = sum(document_pairs(length, group_size) for length in document_lengths)
+        return self._operations(sum(document_lengths), pairs)
 
-
-@lru_cache(maxsize=2**16)
-def _pairs(length: int, group_size: int | None) -> float:
-    return attention_pairs(plan_segments([length], group_size))
+    def _operations(self, tokens: int, pairs: float) -> float:
+        return self._linear * tokens + pair_operations(self._config) * pairs * 7 / 2 * self._layers
 
 
 def peak_rate(device: torch.device) -> float | None:

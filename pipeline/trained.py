@@ -35,7 +35,7 @@ class Trained:
 
 
 def combine(parts: Sequence[Part], positions: range) -> Trained:
-    """The parts of all ranks as one. FinalError where the loss is not finite, and where they are not `positions`."""
+    """The parts of all ranks as one. FinalError where the loss is not finite, or rows are not those of `positions`."""
     rows = sorted(row for part in parts for row in part.rows)
     counts = Counter(position for position, _, _ in rows)
     if counts != Counter(positions):
