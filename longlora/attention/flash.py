@@ -25,7 +25,7 @@ def _extension() -> ModuleType | None:
 
 def refusal(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
     """Why it cannot run there; None if it can."""
-    if _extension() is None:
+    if device.type == "cuda" and _extension() is None:
         return "flash-attn is not installed, or was built for another torch"
     return kernel_refusal(device, dtype, head_dim)
 

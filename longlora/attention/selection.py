@@ -56,7 +56,8 @@ class BackendChoice:
         return BACKENDS[self.name]
 
     def __str__(self) -> str:
-        notes = [f"{name}: {reason}" for name, reason in self.refused.items()]
+        reasons = dict.fromkeys(self.refused.values())
+        notes = [f"{', '.join(n for n, r in self.refused.items() if r == reason)}: {reason}" for reason in reasons]
         notes += [f"{name} {milliseconds:.2f} ms" for name, milliseconds in self.timed.items()]
         return f"{self.name} ({'; '.join(notes)})" if notes else self.name
 

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from longlora.activations import ActivationPolicy
 from longlora.model import LongContextModel
 from pipeline import activation_policy
-from pipeline.activation_policy import agreed_policy, fusion_told
+from pipeline.activation_policy import agreed_policy, fusion_told, probed_group_size
 from pipeline.assignment import FinalError
 from pipeline.config import Config
 from pipeline.models import build_model
@@ -73,3 +73,14 @@ def test_what_is_fused_is_told(subject: Any, monkeypatch: pytest.MonkeyPatch) ->
     assert fusion_told(config, model) == "LoRA (liger-kernel is not installed)"
     monkeypatch.setattr(activation_policy.fused, "refusal", lambda model_type, device: None)
     assert fusion_told(config, model) == "norms, MLP, rotation, loss, LoRA"
+
+
+@pytest.mark.parametrize(
+    ("group_size", "full_last", "length", "probed"),
+    [(64, 0.0, 256, 64), (64, 0.25, 256, None), (256, 0.0, 256, None), (None, 0.0, 256, None)],
+)
+def test_rows_that_are_ever_full_are_probed_so(
+    make_run: Any, group_size: int | None, full_last: float, length: int, probed: int | None
+) -> None:
+    config, _ = make_run(attention={"group_size": group_size, "full_last": full_last}, context={"length": length})
+    assert probed_group_size(config) == probed

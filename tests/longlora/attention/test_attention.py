@@ -66,7 +66,7 @@ def test_the_choice_of_a_backend_says_why_others_were_refused() -> None:
     choice = choose_backend(CPU, plan_segments(DOCUMENTS, 4))
     assert choice.name == "sdpa"
     assert choice.refused["varlen"] == "needs a CUDA device, not cpu"
-    assert str(choice).startswith("sdpa (cudnn: ")
+    assert str(choice) == "sdpa (cudnn, flash, varlen: needs a CUDA device, not cpu)"
     assert available_backends("cpu", torch.float32, 64)["sdpa"] is None
     assert available_backends("cuda", torch.float32, 64)["varlen"] == "needs bfloat16 or float16, not float32"
     assert "multiple of 8 and at most 256, not 20" in str(available_backends("cuda", torch.bfloat16, 20)["varlen"])
