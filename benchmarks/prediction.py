@@ -2,11 +2,11 @@
 
     python benchmarks/prediction.py --save        # half a minute, on any machine
 
-Of every row that the newest results of `benchmarks/step.py` have of S²-Attn on an H200: one row of one document, all
-recomputed, or kept as ``auto`` chose. Predicted as `pipeline/plan.py` does, on the meta device: peak memory from a
-probe, seconds from the roofline with the rates of an H200.
+Of every row that the newest results of `benchmarks/step.py` have of S²-Attn on an H200 or H100: one row of one
+document, all recomputed, or kept as ``auto`` chose. Predicted as `pipeline/plan.py` does, on the meta device: peak
+memory from a probe, seconds from the roofline with the rates that `benchmarks/gpu_rates.py` measured.
 
-Goals: memory within 10 %, time within 10 %. `tests/longlora/test_against_h200.py` holds both, memory to 3 %.
+Goals: memory within 10 %, time within 10 %. `tests/longlora/test_against_gpus.py` holds both, memory to 3 %.
 """
 
 import argparse
@@ -30,8 +30,8 @@ from longlora.segments import plan_segments
 
 GOAL = 0.10
 GROUP_SIZE = 8192
-H200 = Rates(790e12, 4.3e12)
-NAMES = ("step-llama2-7b", "step-policies", "step-longest", "step-llama3-8b")
+RATES = {"NVIDIA H200": Rates(670e12, 4.1e12), "NVIDIA H100 80GB HBM3": Rates(675e12, 2.95e12)}
+NAMES = ("llama2-7b", "policies", "recomputation", "host", "longest", "llama3-8b", "h100")
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,7 @@ class Prediction:
     """One measured row, and what shapes alone say of it."""
 
     result: str
+    gpu: str
     model: str
     row: dict[str, Any]
 
@@ -66,7 +67,7 @@ class Prediction:
     def seconds(self) -> float:
         model, costs, again = counted(self.model)
         plan = plan_segments([self.row["tokens"]], self.row["group_size"])
-        return step_seconds(model, plan, self.policy, costs, again, H200)
+        return step_seconds(model, plan, self.policy, costs, again, RATES[self.gpu])
 
 
 @cache
@@ -80,10 +81,10 @@ def counted(name: str) -> tuple[LongContextModel, ActivationCosts, Recomputation
 def predictions() -> Iterator[Prediction]:
     """Of the rows that follow a policy and attend by S²-Attn."""
     for name in NAMES:
-        measured = json.loads(sorted(RESULTS.glob(f"*-{name}.json"))[-1].read_text(encoding="utf-8"))
+        measured = json.loads(sorted(RESULTS.glob(f"*-step-{name}.json"))[-1].read_text(encoding="utf-8"))
         for row in measured["rows"]:
             if row["contender"] in ("recompute", "auto") and "seconds" in row:
-                yield Prediction(name, measured["model"], row)
+                yield Prediction(name, measured["processor"], measured["model"], row)
 
 
 def compare(prediction: Prediction) -> dict[str, Any]:
@@ -91,7 +92,8 @@ def compare(prediction: Prediction) -> dict[str, Any]:
     memory, time = prediction.gib / row["peak GiB"], prediction.seconds / row["seconds"]
     within = abs(memory - 1) <= GOAL and abs(time - 1) <= GOAL
     return {
-        "result": prediction.result,
+        "result": f"step-{prediction.result}",
+        "GPU": prediction.gpu.split()[1],
         "tokens": row["tokens"],
         "policy": row["policy"],
         "GiB": row["peak GiB"],
@@ -112,7 +114,7 @@ def main() -> int:
     rows = [compare(prediction) for prediction in predictions()]
     print(as_table(rows))
     if options.save:
-        facts = machine("cpu", measured="on an NVIDIA H200, see the results named", goal=GOAL)
+        facts = machine("cpu", measured="on an H200 and an H100, see the results named", goal=GOAL)
         print(f"written to {save('prediction', 'Memory and time of a step, predicted and measured', facts, rows)}")
     return 1 if any(row["verdict"] == "FAIL" for row in rows) else 0
 

@@ -1,7 +1,7 @@
 """How long a step should take on a GPU: operations over the rates that its kernels reach, bytes over its bandwidth.
 
 Three terms that follow one another: matrix products, attention, and what reads and writes activations between them.
-The shares are measured (benchmarks/step.py on an H200, cuDNN's attention and Liger's kernels; docs/performance.md).
+The shares are fitted to steps of an H200 (benchmarks/step.py, with cuDNN's attention and Liger's kernels).
 """
 
 from dataclasses import dataclass
@@ -17,11 +17,11 @@ from longlora.memory import ActivationCosts
 from longlora.model import LongContextModel
 from longlora.segments import SegmentPlan, plan_segments
 
-MATRIX_SHARE = 0.87
-"""Of the rate of one large product, over all products of a step."""
-ATTENTION_SHARE = 0.60
+MATRIX_SHARE = 1.02
+"""Of the rate of a product of 8192³ random numbers (benchmarks/gpu_rates.py), over all products of a step."""
+ATTENTION_SHARE = 0.71
 """Of the same rate, forward and backward at segments of 8k tokens; shorter ones reach less."""
-PASSES = 12
+PASSES = 11.5
 """How often what a layer keeps of a token is read or written in a forward and backward pass outside of products."""
 PASSES_AGAIN = 0.4
 """Share of these that recomputing a layer adds."""

@@ -8,7 +8,7 @@ from pipeline.config import ConfigError
 OVERHEAD_GIB = 1.5
 """Of the memory that torch reports: CUDA's context, cuBLAS, NCCL."""
 
-_PRODUCTS, _COPIES = 0.8, 0.9  # of a datasheet's dense bf16 rate and bandwidth, where nothing was measured
+_PRODUCTS, _COPIES = 0.68, 0.87  # of a datasheet's dense bf16 rate and bandwidth: what the measured cards reach
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,11 @@ class Gpu:
         return self.memory_gib - OVERHEAD_GIB
 
 
+def _measured(name: str, memory_gib: float, tflops: float, product: float, copy: float) -> Gpu:
+    source = f"measured: {product:g} TFLOP/s, {copy:g} TB/s"
+    return Gpu(name, memory_gib, tflops * 1e12, Rates(product * 1e12, copy * 1e12), source)
+
+
 def _datasheet(name: str, memory_gib: float, tflops: float, terabytes: float) -> Gpu:
     rates = Rates(tflops * 1e12 * _PRODUCTS, terabytes * 1e12 * _COPIES)
     return Gpu(
@@ -39,12 +44,12 @@ def _datasheet(name: str, memory_gib: float, tflops: float, terabytes: float) ->
     )
 
 
-# H200: 8192³ products in bf16 and copies of 8 GB, 2026-11-26. Others: the vendors' datasheets, dense bf16.
+# H200 and H100 (SXM, 700 W): benchmarks/gpu_rates.py, 2026-11-26. Others: the vendors' datasheets, dense bf16.
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        Gpu("h200", 139.8, 989e12, Rates(790e12, 4.3e12), "measured: 790 TFLOP/s, 4.3 TB/s"),
-        _datasheet("h100", 79.1, 989, 3.35),
+        _measured("h200", 139.8, 989, 670, 4.1),
+        _measured("h100", 79.1, 989, 675, 2.95),
         _datasheet("a100-80g", 79.1, 312, 2.04),
         _datasheet("a100-40g", 39.4, 312, 1.56),
         _datasheet("l40s", 44.4, 362, 0.864),

@@ -3,7 +3,7 @@
 import torch
 
 from benchmarks.figures import documents_of
-from benchmarks.step import packed
+from benchmarks.step import judge, packed
 from longlora.segments import plan_segments
 
 
@@ -19,3 +19,27 @@ def test_positions_and_targets_stay_inside_documents() -> None:
     positions, targets = packed(torch.tensor([[5, 6, 7, 8, 9]]), plan)
     assert positions.tolist() == [[0, 1, 2, 0, 1]]
     assert targets.tolist() == [6, 7, -100, 9, -100]
+
+
+def test_auto_is_judged_by_layers_that_run_again_to_their_end() -> None:
+    """By 6 operations a weight and token, as the goals are; a speed over others has no goal, nor one on another GPU."""
+
+    def row(contender: str, seconds: float) -> dict[str, object]:
+        return {
+            "tokens": 32768, "contender": contender, "seconds": seconds, "spread": "1.0%",
+            "tokens/s": 32768 / seconds, "peak GiB": 100.0,
+        }  # fmt: skip
+
+    rows = [row("recompute-all", 2.8), row("recompute", 2.6), row("auto", 2.0)]
+    judge(rows, "llama2-7b", has_goals=True)
+    assert rows[0]["verdict"] == rows[1]["verdict"] == ""
+    assert str(rows[2]["verdict"]).split("; ") == [
+        "speed over recompute-all 1.400 (goal 1.35): PASS",
+        "speed over recompute 1.300",
+        "tokens/s over goal 1.092 (goal 1.00): PASS",
+    ]
+    rows[0]["seconds"] = 2.6
+    judge(rows, "llama2-7b", has_goals=True)
+    assert "recompute-all 1.300 (goal 1.35): FAIL" in str(rows[2]["verdict"])
+    judge(rows, "llama2-7b", has_goals=False)
+    assert "(goal" not in str(rows[2]["verdict"])

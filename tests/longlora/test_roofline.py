@@ -6,7 +6,7 @@ import torch
 from longlora.activations import ActivationPolicy
 from longlora.memory import ActivationCosts
 from longlora.model import LongContextModel, build_base, training_model
-from longlora.roofline import ATTENTION_SHARE, MATRIX_SHARE, Rates, recomputation, step_seconds
+from longlora.roofline import ATTENTION_SHARE, MATRIX_SHARE, PASSES, Rates, recomputation, step_seconds
 from longlora.segments import plan_segments
 
 LORA = {"rank": 4, "alpha": 8, "dropout": 0.0, "targets": "auto", "rslora": False, "dora": False}
@@ -38,7 +38,7 @@ def test_seconds_are_the_sum_of_three_terms() -> None:
     traffic = step_seconds(model, plan, ActivationPolicy(2), COSTS, again, Rates(1e30, 1e12))
     both = step_seconds(model, plan, ActivationPolicy(2), COSTS, again, Rates(1e12, 1e12))
     assert both == pytest.approx(products + traffic)
-    assert traffic == pytest.approx(12 * 10 * 512 * 2 / 1e12)
+    assert traffic == pytest.approx(PASSES * 10 * 512 * 2 / 1e12)
     recomputed = step_seconds(model, plan, ActivationPolicy(0), COSTS, again, Rates(1e12, 1e30))
     attended = 2 * 2 * 4 * 16 * (512 * 128 - 128**2 / 4) / 2
     more = (2 * 512 * again.whole / MATRIX_SHARE + 2 * attended / ATTENTION_SHARE) / 1e12

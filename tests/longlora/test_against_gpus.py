@@ -1,4 +1,4 @@
-"""Predictions from shapes alone, on the meta device, against what `benchmarks/step.py` has measured on an H200."""
+"""Predictions from shapes alone, on the meta device, against what `benchmarks/step.py` measured on GPUs."""
 
 import pytest
 
