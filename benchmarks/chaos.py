@@ -17,6 +17,7 @@ goodput of at least 90 % at one disturbance an hour, by what the disturbances of
 """
 
 import argparse
+import signal
 import sys
 import tempfile
 import time
@@ -54,6 +55,8 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/<date>-chaos-<scenario>.*")
     options = parser.parse_args()
+    # Ignored where a script has put this into the background, and then by the drivers too, which are to get it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     held = True
     for name in options.scenarios:
         with tempfile.TemporaryDirectory(prefix="chaos-") as scratch:

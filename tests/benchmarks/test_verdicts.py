@@ -45,10 +45,13 @@ def test_of_logging(waited: float, verdict: str) -> None:
     ],
 )
 def test_of_ray(ray: list[float], one: list[float], verdicts: tuple[str, str]) -> None:
-    others = {name: {"step": 1.0} for name in ("torchrun", "apart", "alone")}
-    rounds = [{"ray": {"step": r}, "one": {"step": o}} | others for r, o in zip(ray, one, strict=True)]
-    judged = ray_overhead.judge(rounds)
+    others = {name: {"step": 1.0, "others": 0.01} for name in ("torchrun", "apart", "alone")}
+    rounds = [{"ray": {"step": r, "others": 0.09}, "one": {"step": o}} | others for r, o in zip(ray, one, strict=True)]
+    judged = ray_overhead.judge(rounds, cores=2)
     assert (judged["verdict 1"], judged["verdict 2"]) == verdicts
+    assert judged["cores that Ray's own processes take"] == 0.08
+    assert judged["least ratio that leaves"] == round(2 / 1.92, 3)
+    assert ray_overhead.judge(rounds, cores=3)["least ratio that leaves"] == 1
 
 
 def test_contenders_with_other_losses_are_not_timed() -> None:

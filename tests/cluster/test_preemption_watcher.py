@@ -277,12 +277,14 @@ def test_a_ray_cluster_that_is_away_is_asked_until_the_deadline() -> None:
 
 @pytest.fixture(scope="module")
 def ray_cluster() -> Iterator[Any]:
-    """A head and a worker node, both at this machine's address, with a driver connected."""
+    """A head and a worker node, both on loopback, with a driver connected."""
     import ray
     from ray.cluster_utils import Cluster
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_AUTH_MODE", "disabled")  # on loopback, for the length of a test
+        patch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+        patch.setattr("ray._private.ray_constants.ENABLE_RAY_CLUSTER", False)
         cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
         cluster.add_node(num_cpus=1, resources={"slot": 1})
         ray.init(address=cluster.address, log_to_driver=False)

@@ -314,15 +314,17 @@ def test_a_window_is_packed_on_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def two_cpus() -> Iterator[None]:
     ray = pytest.importorskip("ray")
-    ray.init(
-        address="local",
-        num_cpus=2,
-        include_dashboard=False,
-        logging_level="error",
-        runtime_env={"env_vars": {"PYTHONPATH": str(REPOSITORY)}},
-    )
-    yield
-    ray.shutdown()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ray._private.ray_constants.ENABLE_RAY_CLUSTER", False)  # on loopback, as in pipeline/session.py
+        ray.init(
+            address="local",
+            num_cpus=2,
+            include_dashboard=False,
+            logging_level="error",
+            runtime_env={"env_vars": {"PYTHONPATH": str(REPOSITORY)}},
+        )
+        yield
+        ray.shutdown()
 
 
 def test_ray_data_makes_the_same_packs_on_any_number_of_cpus(
