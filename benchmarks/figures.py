@@ -7,6 +7,7 @@ import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +21,29 @@ def machine(device: str, **facts: Any) -> dict[str, Any]:
     """What a reader needs to judge the figures; `facts` are the benchmark's own."""
     arguments = [argument.replace(str(Path.home()), "~") for argument in sys.argv[1:]]
     processor = torch.cuda.get_device_name() if device == "cuda" else f"{_cpu()}, {torch.get_num_threads()} threads"
+    versions = {"torch": torch.__version__}
+    if device == "cuda":
+        versions |= {
+            name: version(name) for name in ("transformers", "peft", "liger-kernel", "flash-attn") if there(name)
+        }
+        versions["cudnn"] = str(torch.backends.cudnn.version())
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *arguments]),
         "processor": processor,
         "load average": f"{os.getloadavg()[0]:.1f}",
-        "torch": torch.__version__,
+        **versions,
         "python": platform.python_version(),
         **facts,
     }
+
+
+def there(package: str) -> bool:
+    try:
+        version(package)
+    except PackageNotFoundError:
+        return False
+    return True
 
 
 def documents_of(tokens: int, document: int | None) -> list[int]:

@@ -3,8 +3,9 @@
     python benchmarks/prediction.py --save        # half a minute, on any machine
 
 Of every row that the newest results of `benchmarks/step.py` have of S²-Attn on an H200 or H100: one row of one
-document, all recomputed, or kept as ``auto`` chose. Predicted as `pipeline/plan.py` does, on the meta device: peak
-memory from a probe, seconds from the roofline with the rates that `benchmarks/gpu_rates.py` measured.
+document, all recomputed, or kept as ``auto`` chose. Predicted on the meta device by the memory model and the roofline
+of `plan`, for the policy and the optimizer of the measured step: peak memory from a probe, seconds (the optimizer's not
+among them) from the rates of `pipeline/gpus.py`. The roofline's shares were fitted to the H200's rows.
 
 Goals: memory within 10 %, time within 10 %. `tests/longlora/test_against_gpus.py` holds both, memory to 3 %.
 """
@@ -25,12 +26,12 @@ from longlora.activations import ActivationPolicy
 from longlora.memory import MLP_TILE, ActivationCosts, head_bytes, required
 from longlora.model import LongContextModel, build_base, training_model
 from longlora.probe import probe
-from longlora.roofline import Rates, Recomputation, recomputation, step_seconds
+from longlora.roofline import Recomputation, recomputation, step_seconds
 from longlora.segments import plan_segments
+from pipeline.gpus import Gpu, gpu_of_torch
 
 GOAL = 0.10
 GROUP_SIZE = 8192
-RATES = {"NVIDIA H200": Rates(670e12, 4.1e12), "NVIDIA H100 80GB HBM3": Rates(675e12, 2.95e12)}
 NAMES = ("llama2-7b", "policies", "recomputation", "host", "longest", "llama3-8b", "h100")
 
 
@@ -39,7 +40,7 @@ class Prediction:
     """One measured row, and what shapes alone say of it."""
 
     result: str
-    gpu: str
+    gpu: Gpu
     model: str
     row: dict[str, Any]
 
@@ -67,7 +68,7 @@ class Prediction:
     def seconds(self) -> float:
         model, costs, again = counted(self.model)
         plan = plan_segments([self.row["tokens"]], self.row["group_size"])
-        return step_seconds(model, plan, self.policy, costs, again, RATES[self.gpu])
+        return step_seconds(model, plan, self.policy, costs, again, self.gpu.rates)
 
 
 @cache
@@ -82,9 +83,11 @@ def predictions() -> Iterator[Prediction]:
     """Of the rows that follow a policy and attend by S²-Attn."""
     for name in NAMES:
         measured = json.loads(sorted(RESULTS.glob(f"*-step-{name}.json"))[-1].read_text(encoding="utf-8"))
+        gpu = gpu_of_torch(measured["processor"])
+        assert gpu is not None, measured["processor"]
         for row in measured["rows"]:
             if row["contender"] in ("recompute", "auto") and "seconds" in row:
-                yield Prediction(name, measured["processor"], measured["model"], row)
+                yield Prediction(name, gpu, measured["model"], row)
 
 
 def compare(prediction: Prediction) -> dict[str, Any]:
@@ -93,7 +96,7 @@ def compare(prediction: Prediction) -> dict[str, Any]:
     within = abs(memory - 1) <= GOAL and abs(time - 1) <= GOAL
     return {
         "result": f"step-{prediction.result}",
-        "GPU": prediction.gpu.split()[1],
+        "GPU": prediction.gpu.name,
         "tokens": row["tokens"],
         "policy": row["policy"],
         "GiB": row["peak GiB"],
@@ -111,10 +114,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/<date>-prediction.json and .md")
     options = parser.parse_args()
-    rows = [compare(prediction) for prediction in predictions()]
-    print(as_table(rows))
+    found = list(predictions())
+    rows = [compare(prediction) for prediction in found]
+    kept = {name: counted(name)[1].everything for name in sorted({prediction.model for prediction in found})}
+    print(as_table(rows), f"bytes that a layer keeps of a token: {kept}", sep="\n")
     if options.save:
-        facts = machine("cpu", measured="on an H200 and an H100, see the results named", goal=GOAL)
+        measured = "on an H200 and an H100, see the results named"
+        facts = machine("cpu", measured=measured, goal=GOAL, bytes_that_a_layer_keeps_of_a_token=kept)
         print(f"written to {save('prediction', 'Memory and time of a step, predicted and measured', facts, rows)}")
     return 1 if any(row["verdict"] == "FAIL" for row in rows) else 0
 

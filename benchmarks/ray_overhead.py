@@ -18,7 +18,8 @@ alone must agree to 10⁻⁵, step by step; and the processes must have the same
 
 Ratio 1: ray over torchrun, step time. Goal: at most 1.03. Limit: 1 where Ray's own processes have cores of their own.
 Where the workers fill the machine these take their time from them: their share is measured, the machine's busy time
-less the workers', and with it the least ratio that such a machine allows. One over alone is the ratio with a core free.
+less the workers' (in which Ray's threads count as theirs), and with it the ratio to be expected of workers that never
+wait. One over alone is the ratio with a core free.
 Ratio 2: one over ray, step time (both train the same rows). Goal: at least 1.8. Limit: 2, or what `apart` reaches.
 Seconds from the command to the end of the first step stand beside them; no goal is set for them.
 """
@@ -195,7 +196,7 @@ def judge(rounds: Sequence[Round], cores: int) -> dict[str, Any]:
         "goal 1": f"at most {OVERHEAD_GOAL}",
         "verdict 1": verdict(OVERHEAD_GOAL / overhead, 1.0, overhead_spread),
         "cores that Ray's own processes take": round(rays, 3),
-        "least ratio that leaves": round(2 / min(2, cores - rays), 3),
+        "ratio to be expected of that": round(2 / min(2, cores - rays), 3),
         "one_over_alone": round(with_room, 4),
         "spread of that ratio": f"{with_room_spread:.1%}",
         "scaling": round(scaling, 3),
@@ -243,7 +244,7 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> int:
-    """0 if both goals are met."""
+    """0 if no goal is missed."""
     options = parse()
     if options.role:
         globals()[options.role](json.loads(Path(options.settings).read_text(encoding="utf-8")))
@@ -271,7 +272,7 @@ def main() -> int:
     if options.save:
         title = "Step time under Ray Train and under torchrun, with two workers and with one"
         print(f"written to {save('ray-overhead', title, facts, table)}")
-    return 0 if judged["verdict 1"] == judged["verdict 2"] == "PASS" else 1
+    return 1 if "FAIL" in (judged["verdict 1"], judged["verdict 2"]) else 0
 
 
 COLUMNS = (("seconds a step", "step", 4), ("seconds to the first", "start", 1))

@@ -6,14 +6,15 @@
     python benchmarks/step.py --document 12000 --cases 32768:2048 --contenders recompute,auto --save    # packed rows
 
 A step is forward, backward and AdamW over LoRA (rank 8 on the attention projections), embeddings and norms, on one row
-of one document, or of several of ``--document`` tokens. Contenders, one after the other on the same GPU:
+of one document, or of several of ``--document`` tokens. Contenders, one after the other on the same GPU, in this order:
 
 - ``hf``: transformers + PEFT as they come: full attention (torch's own), every layer recomputed, the library's loss;
 - ``hf-s2``: the same with S²-Attn by the data movement of the published code, corrected;
 - ``full``: this project's model with full attention, every layer recomputed;
 - ``recompute``: S²-Attn, every layer recomputed, MLP in pieces where the row is longer than 64k;
-- ``recompute-all``: as ``recompute``, but each layer runs again to its end, 6 operations a weight and token instead of
-  4, as under reentrant checkpoints; a recomputation that stops at the last tensor needed spares a frozen down_proj;
+- ``recompute-all``: as ``recompute``, but each layer runs again to its end, as under reentrant checkpoints: 6
+  operations a weight and token. ``recompute`` stops at the last tensor that is needed, which spares a frozen down_proj:
+  5.6. Keeping everything takes 4;
 - ``recompute-host``: as ``recompute``, layer inputs in pinned host memory;
 - ``auto``: S²-Attn, and of the activations what fits;
 - ``lora``: as ``auto``, without trained embeddings and norms.
@@ -71,15 +72,17 @@ TILED_FROM = 65536  # tokens beyond which `recompute` runs the MLP in pieces
 
 # The goals, at 8k, 32k, 64k and 100k tokens: what must hold, for Llama-2-7B shapes on an H200. That of ``auto`` is set
 # against 6 operations a weight and token: ``recompute-all``.
-OVER_HF = {8192: 1.10, 32768: 1.5, 65536: 2.0, 102400: 2.7}
-TOKENS_PER_SECOND = {8192: 18e3, 32768: 15e3, 65536: 13e3, 102400: 12e3}
-AUTO_OVER_ALL = {8192: 1.35, 32768: 1.35, 65536: 1.12, 102400: 1.07}
+OVER_HF = dict(zip(CASES, (1.10, 1.5, 2.0, 2.7), strict=True))
+TOKENS_PER_SECOND = dict(zip(CASES, (18e3, 15e3, 13e3, 12e3), strict=True))
+AUTO_OVER_ALL = dict(zip(CASES, (1.35, 1.35, 1.12, 1.07), strict=True))
 PEAK_GIB = {"llama2-7b": 75, "llama3-8b": 85}
 LORA_SHARE = 1 / 1.03
 HOST_SHARE = 1 / 1.03
 
 PUBLISHED = "s2-published"
 Step = Callable[[Tensor, SegmentPlan], Tensor]
+Case = tuple[int, int | None, str]
+"""Tokens, group size (None: full attention) and contender."""
 
 
 def published_attention(
@@ -164,7 +167,7 @@ def policy_of(name: str, model: LongContextModel, plan: SegmentPlan) -> Activati
     if name in ("auto", "lora"):
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         return auto_policy(model, plan, probe(model, plan.group_size), reserved=6 * trained)
-    is_tiled = plan.tokens > TILED_FROM and name in ("recompute", "recompute-host")
+    is_tiled = plan.tokens > TILED_FROM and name.startswith("recompute")
     return ActivationPolicy(0, offload=name == "recompute-host", mlp_tile=MLP_TILE if is_tiled else None)
 
 
@@ -192,15 +195,15 @@ def measure(name: str, model: LongContextModel, options: argparse.Namespace) -> 
 def timed(
     name: str, model: LongContextModel, step: Step, plan: SegmentPlan, options: argparse.Namespace
 ) -> dict[str, Any]:
-    """Seconds a step, the median after one to warm up; peak memory of the last."""
+    """Seconds a step: the median after one to warm up, of at least two, of one where a step is slow. Peak memory."""
     policy = policy_of(name, model, plan)
-    predicted = predicted_gib(model, policy, plan) if not name.startswith("hf") else math.nan
+    predicted = predicted_gib(model, policy, plan) if not name.startswith("hf") else None
     model.follow(policy)
     vocabulary = MODELS[options.model]["vocab_size"]
     ids = torch.randint(vocabulary, (1, plan.tokens), device=options.device)
     is_slow = name in IN_FULL or plan.tokens > 131072
     seconds: list[float] = []
-    loss = step(ids, plan) if plan.tokens < 65536 or not is_slow else torch.zeros(())  # to warm up
+    loss = step(ids, plan)  # to warm up
     while len(seconds) < (1 if is_slow else 2) or (sum(seconds) < options.seconds and len(seconds) < 10):
         torch.cuda.reset_peak_memory_stats()
         start = time.perf_counter()
@@ -213,12 +216,13 @@ def timed(
     operations = step_operations(model, model.causal_lm.config, plan)
     return {
         "seconds": round(median, 3),
-        "spread": f"{(max(seconds) - min(seconds)) / median:.1%}",
+        "steps": len(seconds),
+        "spread": f"{(max(seconds) - min(seconds)) / median:.1%}" if len(seconds) > 1 else "",
         "tokens/s": round(plan.tokens / median),
         "of ideal": round(operations / PEAK_RATE / median, 3),
         "TFLOP/s": round(operations / median / 1e12),
         "peak GiB": round(torch.cuda.max_memory_allocated() / 2**30, 1),
-        "predicted GiB": round(predicted, 1),
+        "predicted GiB": predicted and round(predicted, 1),
         "policy": str(policy),
     }
 
@@ -275,36 +279,41 @@ def check(options: argparse.Namespace) -> None:
 
 def judge(rows: list[dict[str, Any]], model: str, *, has_goals: bool) -> None:
     """Adds the ratios, and where the goals are for what was measured, the verdicts."""
-    seconds = {(row["tokens"], row["contender"]): row["seconds"] for row in rows if "seconds" in row}
+    seconds = {_case(row): row["seconds"] for row in rows if "seconds" in row}
     for row in rows:
         verdicts = []
         if "seconds" in row:
-            spread = float(row["spread"].rstrip("%")) / 100
+            spread = float(row["spread"].rstrip("%") or 0) / 100
             for text, ratio, goal in ratios(row, seconds):
                 judged = f" (goal {goal:.2f}): {verdict(ratio, goal, spread)}" if goal and has_goals else ""
                 verdicts.append(f"{text} {ratio:.3f}{judged}")
-            if (row["contender"], row["tokens"]) == ("recompute", 102400):
+            if has_goals and _case(row) == (102400, 8192, "recompute"):
                 fits = row["peak GiB"] <= PEAK_GIB[model]
                 verdicts.append(f"peak at most {PEAK_GIB[model]} GiB: {'PASS' if fits else 'FAIL'}")
         row["verdict"] = "; ".join(verdicts)
 
 
-def ratios(row: dict[str, Any], seconds: dict[tuple[int, str], float]) -> list[tuple[str, float, float | None]]:
+def ratios(row: dict[str, Any], seconds: dict[Case, float]) -> list[tuple[str, float, float | None]]:
     """(what, ratio, goal if there is one) of a row, beside each other contender that was measured."""
-    tokens, own = row["tokens"], row["seconds"]
+    tokens, group_size, contender = _case(row)
+    case = tokens, group_size
     compared: dict[str, list[tuple[str, float | None]]] = {
-        "recompute": [("hf", OVER_HF.get(tokens)), ("hf-s2", None)],
+        "recompute": [("hf", OVER_HF.get(case)), ("hf-s2", None)],
         "recompute-host": [("recompute", HOST_SHARE)],
-        "auto": [("recompute-all", AUTO_OVER_ALL.get(tokens)), ("recompute", None), ("lora", LORA_SHARE)],
+        "auto": [("recompute-all", AUTO_OVER_ALL.get(case)), ("recompute", None), ("lora", LORA_SHARE)],
     }
     found = [
-        (f"speed over {other}", seconds[tokens, other] / own, goal)
-        for other, goal in compared.get(row["contender"], [])
-        if (tokens, other) in seconds
+        (f"speed over {other}", seconds[rival] / row["seconds"], goal)
+        for other, goal in compared.get(contender, [])
+        if (rival := (tokens, None if other in IN_FULL else group_size, other)) in seconds
     ]
-    if row["contender"] == "auto" and tokens in TOKENS_PER_SECOND:
-        found.append(("tokens/s over goal", row["tokens/s"] / TOKENS_PER_SECOND[tokens], 1.0))
+    if contender == "auto" and case in TOKENS_PER_SECOND:
+        found.append(("tokens/s over goal", row["tokens/s"] / TOKENS_PER_SECOND[case], 1.0))
     return found
+
+
+def _case(row: dict[str, Any]) -> Case:
+    return row["tokens"], row["group_size"], row["contender"]
 
 
 def parse() -> argparse.Namespace:
@@ -339,7 +348,7 @@ def main() -> int:
     check(options)
     longest = max(tokens for tokens, _ in options.cases)
     facts = machine("cuda", model=options.model, fused=options.fused, memory=f"{total_gib():.0f} GiB")
-    facts["attention"] = " / ".join(dict.fromkeys(attention_of(case, options) for case in options.cases))
+    facts["attention"] = {f"{tokens}, G {g}": attention_of((tokens, g), options) for tokens, g in options.cases}
     has_goals = options.model == "llama2-7b" and not options.document and "H200" in facts["processor"]
     rows: list[dict[str, Any]] = []
     for group in GROUPS:

@@ -17,9 +17,9 @@ from longlora.memory import ActivationCosts
 from longlora.model import LongContextModel
 from longlora.segments import SegmentPlan, plan_segments
 
-MATRIX_SHARE = 1.02
-"""Of the rate of a product of 8192³ random numbers (benchmarks/gpu_rates.py), over all products of a step."""
-ATTENTION_SHARE = 0.71
+MATRIX_SHARE = 1.03
+"""Of the rate of a product of two 8192 × 8192 matrices (benchmarks/gpu_rates.py), over all products of a step."""
+ATTENTION_SHARE = 0.72
 """Of the same rate, forward and backward at segments of 8k tokens; shorter ones reach less."""
 PASSES = 11.5
 """How often what a layer keeps of a token is read or written in a forward and backward pass outside of products."""

@@ -1,5 +1,6 @@
 """GPU types that `plan` knows: memory, and the rates that large products and copies reach."""
 
+import re
 from dataclasses import dataclass
 
 from longlora.roofline import Rates
@@ -8,7 +9,7 @@ from pipeline.config import ConfigError
 OVERHEAD_GIB = 1.5
 """Of the memory that torch reports: CUDA's context, cuBLAS, NCCL."""
 
-_PRODUCTS, _COPIES = 0.68, 0.87  # of a datasheet's dense bf16 rate and bandwidth: what the measured cards reach
+_PRODUCTS, _COPIES = 0.67, 0.87  # of a datasheet's dense bf16 rate and bandwidth: what the measured cards reach
 
 
 @dataclass(frozen=True)
@@ -44,12 +45,12 @@ def _datasheet(name: str, memory_gib: float, tflops: float, terabytes: float) ->
     )
 
 
-# H200 and H100 (SXM, 700 W): benchmarks/gpu_rates.py, 2026-11-26. Others: the vendors' datasheets, dense bf16.
+# H200 and H100 (SXM, 700 W): benchmarks/gpu_rates.py, "later", 2026-11-26. Others: the vendors' datasheets, dense bf16.
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        _measured("h200", 139.8, 989, 670, 4.1),
-        _measured("h100", 79.1, 989, 675, 2.95),
+        _measured("h200", 139.8, 989, 665, 4.1),
+        _measured("h100", 79.1, 989, 670, 2.95),
         _datasheet("a100-80g", 79.1, 312, 2.04),
         _datasheet("a100-40g", 39.4, 312, 1.56),
         _datasheet("l40s", 44.4, 362, 0.864),
@@ -67,9 +68,14 @@ def gpu_named(name: str) -> Gpu:
 
 
 def gpu_of_torch(device_name: str) -> Gpu | None:
-    """By torch's name of the device (NVIDIA H100 80GB HBM3, NVIDIA A100-SXM4-40GB, …); None for one not known."""
-    name = device_name.lower()
-    return next((gpu for gpu in GPUS.values() if all(part in name for part in gpu.name.split("-"))), None)
+    """By torch's name of the device (NVIDIA H100 80GB HBM3, NVIDIA A100-SXM4-40GB, …); None for one not known.
+
+    H100 and H200 as PCIe or NVL cards are slower than those measured, and not known.
+    """
+    words = {word.removesuffix("b") for word in re.split(r"[\s-]+", device_name.lower())}
+    if words & {"h100", "h200"} and words & {"pcie", "nvl"}:
+        return None
+    return next((gpu for gpu in GPUS.values() if words.issuperset(gpu.name.split("-"))), None)
 
 
 def gpu_of_ray(accelerator_type: str) -> Gpu | None:

@@ -21,14 +21,15 @@ def test_positions_and_targets_stay_inside_documents() -> None:
     assert targets.tolist() == [6, 7, -100, 9, -100]
 
 
+def row(contender: str, seconds: float, group_size: int | None = 8192) -> dict[str, object]:
+    return {
+        "tokens": 32768, "group_size": group_size, "contender": contender, "seconds": seconds, "spread": "1.0%",
+        "tokens/s": 32768 / seconds, "peak GiB": 100.0,
+    }  # fmt: skip
+
+
 def test_auto_is_judged_by_layers_that_run_again_to_their_end() -> None:
     """By 6 operations a weight and token, as the goals are; a speed over others has no goal, nor one on another GPU."""
-
-    def row(contender: str, seconds: float) -> dict[str, object]:
-        return {
-            "tokens": 32768, "contender": contender, "seconds": seconds, "spread": "1.0%",
-            "tokens/s": 32768 / seconds, "peak GiB": 100.0,
-        }  # fmt: skip
 
     rows = [row("recompute-all", 2.8), row("recompute", 2.6), row("auto", 2.0)]
     judge(rows, "llama2-7b", has_goals=True)
@@ -43,3 +44,13 @@ def test_auto_is_judged_by_layers_that_run_again_to_their_end() -> None:
     assert "recompute-all 1.300 (goal 1.35): FAIL" in str(rows[2]["verdict"])
     judge(rows, "llama2-7b", has_goals=False)
     assert "(goal" not in str(rows[2]["verdict"])
+
+
+def test_cases_of_one_length_are_compared_within_their_group_size() -> None:
+    rows = [row("hf", 5.0, None), row("recompute", 2.0, 2048), row("recompute", 2.5), row("auto", 1.0, 2048)]
+    judge(rows, "llama2-7b", has_goals=True)
+    assert [r["verdict"] for r in rows[1:]] == [
+        "speed over hf 2.500",  # the goals are for G 8192 at this length
+        "speed over hf 2.000 (goal 1.50): PASS",
+        "speed over recompute 2.000",
+    ]

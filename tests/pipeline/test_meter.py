@@ -70,6 +70,9 @@ def test_without_a_gpu_there_is_no_gpu_memory_and_no_rate(model: LongContextMode
     [
         ("NVIDIA H200", "h200"),
         ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA H100 PCIe", None),
+        ("NVIDIA H100 NVL", None),
+        ("NVIDIA GH200 480GB", None),
         ("NVIDIA A100-SXM4-80GB", "a100-80g"),
         ("NVIDIA A100-PCIE-40GB", "a100-40g"),
         ("NVIDIA A10G", "a10g"),
