@@ -50,8 +50,10 @@ def linear_operations(model: nn.Module, config: PreTrainedConfig) -> float:
     embeddings = {id(p) for module in model.modules() if isinstance(module, nn.Embedding) for p in module.parameters()}
     weights = {id(p): p for p in model.parameters() if len(_shape(p)) == 2 and id(p) not in embeddings}
     linear = sum((6 if p.requires_grad else 4) * prod(_shape(p)) for p in weights.values())
-    tied = getattr(settings, "tie_word_embeddings", False)  # then the embeddings are the output layer as well
-    return linear + (4 * settings.vocab_size * settings.hidden_size if tied else 0)
+    if getattr(settings, "tie_word_embeddings", False):  # then the embeddings are the output layer as well
+        trains = any(p.requires_grad for p in model.parameters() if id(p) in embeddings)
+        linear += (6 if trains else 4) * settings.vocab_size * settings.hidden_size
+    return linear
 
 
 def step_operations(model: nn.Module, config: PreTrainedConfig, plan: SegmentPlan) -> float:

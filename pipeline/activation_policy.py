@@ -55,7 +55,7 @@ def probed_group_size(config: Config) -> int | None:
 def _own_policy(config: Config, model: LongContextModel) -> ActivationPolicy | str:
     """This worker's policy, or why there is none."""
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    gradients = trained * (model.causal_lm.dtype.itemsize + 4)  # and DeepSpeed's sums of them, in fp32
+    gradients = trained * (model.causal_lm.dtype.itemsize + 4)  # and sums of them, in fp32
     row = [config.context.length] * config.optimization.micro_batch
     plan = plan_segments(row, config.attention.group_size).to(model.causal_lm.device)
     try:

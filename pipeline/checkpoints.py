@@ -163,7 +163,8 @@ def newest(run_folder: UPath) -> UPath | None:
 def damage(folder: UPath, contents: bool = True) -> str:
     """What is wrong with a committed checkpoint, in words; empty if every file is as its manifest says.
 
-    Without `contents` the files' sizes are compared, and what is in them is not read.
+    Without `contents` the files' sizes are compared, and what is in them is not read. OSError for a storage that does
+    not answer: what cannot be read now may be whole, and must not be passed over or deleted.
     """
     try:
         manifest = read_json(folder / MANIFEST)
@@ -179,7 +180,7 @@ def damage(folder: UPath, contents: bool = True) -> str:
             differ = pool.map(lambda name: _differs(folder / name, files[name], contents), files)
             for name in compress(files, differ):
                 return f"{name} differs from the manifest"
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError, ValueError, KeyError, TypeError) as error:
         return f"{type(error).__name__}: {error}"
     return ""
 
@@ -214,7 +215,7 @@ def retain(run_folder: UPath, keep_last: int, keep_best: int) -> list[int]:
     after its files were discarded, must not push out a checkpoint.
     """
     folders = {step: step_folder(run_folder, step) for step in steps(run_folder)}
-    present = [step for step, folder in folders.items() if not damage(folder, contents=False)]
+    present = [step for step, folder in folders.items() if _is_whole(folder)]
     losses = {step: read_state(folders[step]).eval_loss for step in present}
     scored = sorted((loss, step) for step, loss in losses.items() if loss is not None)
     kept = set(present[-keep_last:]) | {step for _, step in scored[:keep_best]}
@@ -222,6 +223,14 @@ def retain(run_folder: UPath, keep_last: int, keep_best: int) -> list[int]:
     for step in dropped:
         _remove(folders[step])
     return dropped
+
+
+def _is_whole(folder: UPath) -> bool:
+    """By its files' sizes; one that cannot be looked at now counts for nothing and stays, as one that lacks files."""
+    try:
+        return not damage(folder, contents=False)
+    except OSError:
+        return False
 
 
 def check_resumable(state: RunState, packs_fingerprint: str, base_fingerprint: str) -> None:

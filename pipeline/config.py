@@ -111,7 +111,7 @@ SECRET = re.compile(
     re.IGNORECASE,
 )
 DECISIVE_SECTIONS = {"model", "context", "attention", "adapter", "optimization"}
-PATHS = {"model.base", "model.tokenizer", "model.revision"}
+PATHS = {"model.base", "model.tokenizer"}  # fingerprints say what they lead to
 MACHINE = {"model.activations", "model.fused"}  # how a machine computes, not what
 
 
@@ -171,10 +171,14 @@ def _apply(values: dict[str, Any], override: str) -> None:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
         raise ConfigError(f"{key}: {text!r} is not a valid YAML value") from None
-    target = values.setdefault(section, {})
-    for part in name.split(".")[:-1]:
-        target = target.setdefault(part, {})
-    target[name.split(".")[-1]] = value
+    target, *path, last = values, section, *name.split(".")
+    for part in path:
+        if target.get(part) is None:
+            target[part] = {}
+        target = target[part]
+        if not isinstance(target, dict):
+            raise ConfigError(f"{key}: {part} is a value, and has no settings of its own")
+    target[last] = value
 
 
 def _known_keys() -> list[str]:

@@ -16,10 +16,12 @@ from ray.train import UserCallback
 from ray.train.v2._internal.exceptions import WorkerHealthCheckTimeoutError
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerCallback
 from ray.train.v2._internal.execution.controller.state import (
+    ErroredState,
     PreemptingState,
     ReschedulingState,
     ResizingState,
     RestartingState,
+    ShuttingDownState,
     TrainControllerState,
 )
 from ray.train.v2.api.exceptions import PreemptionError, TrainingFailedError, WorkerGroupError
@@ -65,6 +67,8 @@ class TellDisturbances(ControllerCallback):
                 # The workers are stopped at the deadline: what they did since the first checkpoint is kept too.
                 self._last_call = True
                 self.run_log.ask_for_checkpoint.remote(hold=True)
+        elif isinstance(current_state, ShuttingDownState | ErroredState):
+            self.run_log.workers_ended.remote(None)
         elif isinstance(current_state, ResizingState):
             workers = getattr(current_state.scaling_decision, "num_workers", None)
             self.run_log.happened.remote("resize", {"cause": f"resize to {workers}", "workers": workers})

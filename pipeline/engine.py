@@ -29,6 +29,7 @@ from longlora.segments import plan_segments
 from pipeline.config import Config
 from pipeline.embedding_rows import TouchedRows, sparse_embedding
 from pipeline.feed import MicroBatch
+from pipeline.gradient_sums import GradientSums
 from pipeline.optimizer import MOMENTS, Fragment, ParameterState, set_learning_rate
 
 # None of the ops that DeepSpeed would compile is used. The one for CPUs is built at the first start, and ninja looks at
@@ -110,11 +111,14 @@ class TrainingEngine:
         """
         losses = []
         scale = self.world_size / target_tokens
+        filled = self._fill(batches)
+        sums = GradientSums((parameter for _, parameter in self.named_trainable()), len(filled))
         with self.engine.coalesce_grad_reduction():
-            for batch in self._fill(batches):
+            for batch in filled:
                 self._seed_dropout(batch)
                 loss = self._loss(batch, group_size)
                 self.engine.backward(loss * scale, scale_wrt_gas=False)
+                sums.add()
                 losses.append(loss.detach())
         return StepResult([float(loss) for loss in losses[: len(batches)]])
 

@@ -191,7 +191,7 @@ class _Subject:
         allowed = [ActivationPolicy(0)]
         if self.config.model.activations == "keep":
             allowed = [ActivationPolicy(self.model.layers)]
-        elif self.costs.mlp and self.config.model.activations == "auto":
+        elif self.costs.mlp and self.config.model.activations == "auto" and self.config.workers.zero_stage != 3:
             allowed.append(ActivationPolicy(0, mlp_tile=MLP_TILE))
         return next((policy for policy in allowed if self._needed(policy, tokens) <= self._free), None)
 
@@ -203,9 +203,14 @@ class _Subject:
         return Memory(
             weights=self.numel() * itemsize / shards,
             optimizer=12 * trained / self.workers,
-            gradients=trained * (itemsize + 4 / self.workers),
+            gradients=trained * (itemsize + self._gradient_sums()),
             activations=0.0 if policy is None else self._needed(policy, self._row(micro_batch).tokens),
         )
+
+    def _gradient_sums(self) -> float:
+        """Bytes a parameter: of several micro-batches whole, and in the end of DeepSpeed's share of each worker."""
+        several = self.config.optimization.global_batch > self.workers * self.config.optimization.micro_batch
+        return 4 if several else 4 / self.workers
 
     def step_seconds(self, policy: ActivationPolicy) -> float:
         """Of the worker with most rows; without communication."""

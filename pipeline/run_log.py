@@ -177,9 +177,9 @@ class RunLog:
         """Whether a request has been answered, or its workers are gone."""
         return self._answered >= request or self.status_now.phase != TRAINING
 
-    def workers_ended(self, attempt: int) -> None:
-        """A worker of that attempt has ended, well or not: nobody answers requests any more."""
-        if attempt == self.status_now.attempt:
+    def workers_ended(self, attempt: int | None) -> None:
+        """A worker of that attempt has ended, well or not, or all have (None): nobody answers requests any more."""
+        if attempt in (None, self.status_now.attempt):
             self.status_now.phase = ENDING
 
     def happened(self, event: str, details: dict[str, Any]) -> None:

@@ -1,10 +1,11 @@
 """The sections of a config: every setting, typed and documented."""
 
+from math import inf
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from pipeline.section import Positive, Section, Share
+from pipeline.section import Decay, Positive, Section, Share
 from pipeline.tracking_tags import check_tags
 from pipeline.tracking_uri import check_tracking_uri
 
@@ -124,7 +125,7 @@ class Optimization(Section):
     """Sequences of `context.length` tokens in a step, whatever the number of workers."""
     micro_batch: Positive = 1
     """Sequences that go through the model at once on one worker."""
-    learning_rate: Annotated[float, Field(gt=0)] = 2e-5
+    learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 2e-5
     """Peak learning rate."""
     schedule: Literal["constant", "cosine", "linear"] = "constant"
     """What follows the warm-up; cosine and linear end at `final_lr_ratio`."""
@@ -132,7 +133,7 @@ class Optimization(Section):
     """Steps over which the learning rate rises linearly from 0."""
     final_lr_ratio: Share = 0.0
     """Last learning rate of cosine and linear over the peak."""
-    betas: tuple[Share, Share] = (0.9, 0.95)
+    betas: tuple[Decay, Decay] = (0.9, 0.95)
     """Decay rates of Adam's moments."""
     eps: Annotated[float, Field(gt=0)] = 1e-8
     """Adam's ε."""
@@ -160,7 +161,7 @@ class Workers(Section):
     gpus: Annotated[int, Field(ge=0, le=1)] | Literal["auto"] = "auto"
     """GPUs of a worker; `auto` takes one where the cluster has any."""
     resources: dict[str, float] = {}
-    """Further Ray resources of a worker, by name."""
+    """Further Ray resources of a worker, by name; CPUs and GPUs have settings of their own."""
     zero_stage: Literal[2, 3] = 2
     """DeepSpeed ZeRO: 2 shards gradients and optimizer state, 3 the model too (for bases larger than one GPU)."""
     max_failures: Annotated[int, Field(ge=-1)] = 10
@@ -168,7 +169,18 @@ class Workers(Section):
     resize_interval_s: Annotated[float, Field(gt=0)] = 60
     """How often an elastic run looks for more nodes, in seconds."""
     hang_timeout_s: Annotated[float, Field(gt=0)] = 120
-    """A worker that gives no sign of life for so long, in seconds, counts as lost."""
+    """A worker whose process gives no sign of life for so long, in seconds, counts as lost. One whose training hangs
+    while its process answers is not: its peers' exchange ends after torch's half hour."""
+
+    @field_validator("resources")
+    @classmethod
+    def resources_are_further(cls, resources: dict[str, float]) -> dict[str, float]:
+        if taken := sorted(resources.keys() & {"CPU", "GPU"}):
+            raise ValueError(f"workers.resources has {taken[0]}: set workers.{taken[0].lower()}s instead")
+        for name, amount in resources.items():
+            if not 0 < amount < inf:
+                raise ValueError(f"workers.resources.{name} is {amount:g}: it must be a number above 0")
+        return resources
 
     @model_validator(mode="after")
     def range_is_one(self) -> Self:

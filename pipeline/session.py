@@ -7,7 +7,8 @@ import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
+from io import StringIO
 from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
@@ -52,6 +53,8 @@ def ray_session(config: Config) -> Iterator[None]:
         os.environ.setdefault(name, value)
     os.environ[HANG_TIMEOUT] = str(config.workers.hang_timeout_s)
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # Ray Data's usage statistics take an actor, and a thread that goes on asking a Ray that has ended.
+    os.environ.setdefault("RAY_DATA_USAGE_DISABLED", "1")
     os.environ.setdefault("RAY_worker_niceness", "0")  # 15 by default: anything else on the machine would starve a step
     import ray
 
@@ -128,14 +131,28 @@ def on_cluster() -> bool:
 
 
 def run_where_the_gpus_are(config: Config, work: Callable[..., T], *arguments: Any) -> T:
-    """`work(*arguments)`, here, or for a job on a cluster on a node with a GPU: the driver's node has none."""
+    """`work(*arguments)`, here, or for a job on a cluster on a node with a GPU: the driver's node has none.
+
+    What it prints there is printed here when it is done.
+    """
     if not on_cluster():
         return work(*arguments)
     import ray
+    from ray.exceptions import RayTaskError
+
+    def there() -> tuple[T, str]:
+        with redirect_stdout(StringIO()) as printed:
+            result = work(*arguments)
+        return result, printed.getvalue()
 
     with ray_session(config):
-        task = ray.remote(num_cpus=1, num_gpus=int(uses_gpu(config)), max_retries=3)(work)
-        return ray.get(task.remote(*arguments))
+        task = ray.remote(num_cpus=1, num_gpus=int(uses_gpu(config)), max_retries=3)(there)
+        try:
+            result, printed = ray.get(task.remote())
+        except RayTaskError as error:
+            raise error.cause from None
+    print(printed, end="", flush=True)
+    return result
 
 
 def uses_gpu(config: Config) -> bool:

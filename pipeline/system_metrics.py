@@ -73,6 +73,7 @@ class Gpus:
     def __init__(self) -> None:
         self._handles: dict[int, Any] = {}
         self._own = torch.cuda.current_device() if torch.cuda.is_initialized() else None  # another in another thread
+        self._peak = 0
         if self._own is not None:
             with suppress(pynvml.NVMLError):  # without NVML, or for a part of a GPU, there is the memory of our own
                 pynvml.nvmlInit()
@@ -92,6 +93,7 @@ class Gpus:
                     f"gpu_{index}_memory_usage_percentage": round(100 * memory.used / memory.total, 1),
                 }
         if self._own is not None:
-            peak = torch.cuda.max_memory_allocated(self._own)
-            sample[f"gpu_{self._own}_peak_allocated_megabytes"] = round(peak / 1e6)
+            # The meter begins anew with every step.
+            self._peak = max(self._peak, torch.cuda.max_memory_allocated(self._own))
+            sample[f"gpu_{self._own}_peak_allocated_megabytes"] = round(self._peak / 1e6)
         return sample

@@ -1,7 +1,8 @@
 """Which tracking URIs MLflow can use, and none that carries a secret; known without importing MLflow."""
 
+import re
 from importlib.metadata import entry_points
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 SCHEMES = ("http", "https", "databricks", "sqlite", "postgresql", "mysql", "mssql")
 
@@ -33,7 +34,7 @@ def _has_credentials(uri: str) -> bool:
     """A password, or on a web server any user: tokens are given in its place."""
     user = uri.partition("://")[2].rpartition("@")[0]
     in_front = not user.startswith("/") and (":" in user or (user != "" and uri.lower().startswith("http")))
-    return in_front or "password=" in uri.lower()
+    return in_front or re.search(r"(password|passwd|pwd)=", unquote(uri), re.IGNORECASE) is not None
 
 
 def _is_usable(uri: str) -> bool:

@@ -117,6 +117,8 @@ def _trainer(config: Config, run_folder: UPath, assignment: Assignment) -> Elast
             name=f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}",
             storage_path=str(private_folder()),
             failure_config=FailureConfig(max_failures=workers.max_failures, max_preemption_failures=-1),
+            # Ray hides no GPU from a worker that has asked for none, and DeepSpeed takes one that it sees.
+            worker_runtime_env={} if gpu else {"env_vars": {"CUDA_VISIBLE_DEVICES": ""}},
             callbacks=[EndOnFinalError(run_log), TellDisturbances(run_log), NoticeOnSigterm(run_log)],  # type: ignore[list-item]  # takes internal ones too
         ),
     )

@@ -228,8 +228,8 @@ class Worker:
 
     def close(self) -> None:
         self.profiler.close()
+        self.writer.wait()  # first: who stops or resizes the run waits for workers that have not ended
         self.tell("workers_ended", self.attempt)
-        self.writer.wait()
         self.feed.close()
         if self.rank == 0:
             ray.get(self.assignment.run_log.sync.remote(self.attempt))

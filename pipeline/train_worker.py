@@ -43,6 +43,8 @@ def final_reason(error: Exception) -> str:
         )
     if storage_error(error):
         return storage_error(error)
+    if "process group has not been initialized" in text:
+        return ""  # Ray ends the group of the others when one is lost: this worker met the end in mid-step
     if isinstance(error, FinalError | ConfigError | ValueError):
         return text
     return ""

@@ -70,3 +70,12 @@ def test_what_a_policy_computes_again(policy: ActivationPolicy) -> None:
     again = recomputed * 2 * matrices * TOKENS
     again += (recomputed - policy.kept_attention) * 2 * attention_operations(config, plan)
     assert counted(model, policy) - whole(model) == again
+
+
+def test_tied_embeddings_that_train_are_counted_as_a_trained_output_layer() -> None:
+    frozen, trained = (
+        model_of({**LORA, "train_embeddings": trains}, tie_word_embeddings=True) for trains in (False, True)
+    )
+    plan, config = plan_segments([TOKENS], GROUP), frozen.causal_lm.config
+    difference = step_operations(trained, config, plan) - step_operations(frozen, config, plan)
+    assert difference == 2 * config.vocab_size * HIDDEN * TOKENS

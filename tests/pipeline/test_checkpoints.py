@@ -9,10 +9,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from upath import UPath
 
 from longlora.adapters import attach_adapter
-from pipeline import checkpoints
+from pipeline import checkpoints, storage
 from pipeline.checkpoints import RunState
 from pipeline.config import ConfigError
 from pipeline.optimizer import Fragment, ParameterState
+from pipeline.storage import NoAnswer
 
 STATE = RunState(
     step=3, position=24, packs_fingerprint="p", base_fingerprint="b", training_hash="t", attempt=1, eval_loss=None
@@ -125,6 +126,28 @@ def test_restore_walks_back_over_damaged_checkpoints(
     (bad / name).write_bytes(change((bad / name).read_bytes()))
     assert name in checkpoints.damage(bad)
     assert checkpoints.newest(run) == good
+
+
+def test_a_checkpoint_that_cannot_be_read_now_is_neither_passed_over_nor_deleted(
+    tmp_path: Any, network: PeftModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = UPath(tmp_path)
+    older = checkpoints.save(run, STATE, network, random_state(network))
+    newest = checkpoints.save(run, replace(STATE, step=6), network, random_state(network))
+
+    def answers_not(path: UPath) -> Any:
+        if newest in path.parents:
+            raise NoAnswer("the store does not answer")
+        return storage.read_json(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "read_json", answers_not)
+        with pytest.raises(NoAnswer):
+            checkpoints.newest(run)
+        with pytest.raises(NoAnswer):
+            checkpoints.discard_uncommitted(run, older)
+        assert checkpoints.retain(run, keep_last=1, keep_best=0) == []
+    assert checkpoints.newest(run) == newest and checkpoints.steps(run) == [3, 6]
 
 
 def test_a_missing_file_and_a_foreign_manifest_are_damage(tmp_path: Any, network: PeftModel) -> None:

@@ -39,6 +39,10 @@ def test_a_minimal_config_has_the_papers_defaults() -> None:
         ("optimization.warmup_steps", 40, "optimization.warmup_steps is 40: it must be below optimization.steps (40)"),
         ("workers.min", 3, "workers.min is 3: it must not exceed workers.max (1)"),
         ("workers.gpus", 4, "workers.gpus = 4: "),
+        ("workers.resources", {"GPU": 2}, "workers.resources has GPU: set workers.gpus instead"),
+        ("workers.resources", {"slot": 0}, "workers.resources.slot is 0: it must be a number above 0"),
+        ("optimization.betas", [0.9, 1.0], "optimization.betas.1 = 1.0: "),
+        ("optimization.learning_rate", float("inf"), "optimization.learning_rate = inf: "),
         ("adapter.kind", "qlora", "adapter.kind = 'qlora': "),
         ("evaluation.lengths", [8192], "evaluation.lengths has 8192: at most context.length (4096)"),
         ("evaluation.every_steps", 5, "evaluation.every_steps needs data.validation"),
@@ -96,6 +100,15 @@ def test_malformed_overrides_are_refused(override: str) -> None:
         load_config(REPOSITORY / "configs" / "quickstart.yaml", [override])
 
 
+def test_an_override_reaches_into_an_empty_section_and_not_into_a_value(tmp_path: Any) -> None:
+    written = (REPOSITORY / "configs" / "quickstart.yaml").read_text()
+    path = tmp_path / "config.yaml"
+    path.write_text("\n".join(line for line in written.splitlines() if "tracking" not in line) + "\ntracking:\n")
+    assert load_config(path, ["tracking.experiment=mine"]).tracking.experiment == "mine"
+    with pytest.raises(ConfigError, match=r"^run\.name\.x: name is a value, and has no settings of its own"):
+        load_config(REPOSITORY / "configs" / "quickstart.yaml", ["run.name.x=1"])
+
+
 def test_missing_and_broken_files_are_one_line(tmp_path: Any) -> None:
     with pytest.raises(ConfigError, match="No such file"):
         load_config(tmp_path / "none.yaml")
@@ -122,6 +135,7 @@ def test_the_resolved_file_loads_to_the_same_config(tmp_path: Any) -> None:
         ("checkpoint.every_steps", 7, False),
         ("run.storage", "/elsewhere", False),
         ("model.base", "/copy/of/the/model", False),
+        ("model.revision", "another", True),
     ],
 )
 def test_only_what_decides_a_step_is_in_the_training_hash(key: str, value: Any, decides: bool) -> None:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from ray.exceptions import RayActorError
 from ray.train import PreemptionInfo
 from ray.train.v2._internal.exceptions import WorkerHealthCheckTimeoutError
-from ray.train.v2._internal.execution.controller.state import PreemptingState, RunningState
+from ray.train.v2._internal.execution.controller.state import ErroredState, PreemptingState, RunningState
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
 from pipeline.disturbances import NoticeOnSigterm, TellDisturbances, cause, lost_a_worker
@@ -101,3 +101,12 @@ def test_sigterm_on_a_worker_is_a_notice(monkeypatch: pytest.MonkeyPatch) -> Non
     finally:
         signal.signal(signal.SIGTERM, before)
     assert log.told == [("notice", {"ranks": [3], "seconds_left": None, "signal": "SIGTERM"})]
+
+
+def test_at_the_end_of_the_group_nobody_is_left_to_answer() -> None:
+    """Who waits for a checkpoint, after Ctrl-C, would otherwise wait for workers that Ray does not start again."""
+    ended: list[int | None] = []
+    log = SimpleNamespace(workers_ended=SimpleNamespace(remote=ended.append))
+    state = ErroredState(training_failed_error=ControllerError(RuntimeError("no workers")))
+    TellDisturbances(log).after_controller_state_update(RunningState(), state)
+    assert ended == [None]

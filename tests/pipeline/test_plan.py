@@ -50,11 +50,16 @@ def plan_of(counted: dict[str, object]):
 
 
 def test_memory_by_part(plan_of) -> None:
-    """7B in bf16: 2 bytes a weight; 12 a trained one for the optimizer, over the workers; 2 + 4 for its gradient."""
+    """7B in bf16: 2 bytes a weight; 12 a trained one for the optimizer, over the workers; 2 + 4 for its gradient.
+
+    The 4, a sum in fp32, is each worker's share where it has one micro-batch, and whole where it adds up several.
+    """
     plan = plan_of(workers=4)
     assert plan.memory.weights == 2 * plan.parameters
     assert plan.memory.optimizer == 12 * plan.trained / 4
-    assert plan.memory.gradients == plan.trained * (2 + 4 / 4)
+    assert plan.memory.gradients == plan.trained * (2 + 4)
+    alone = plan_of(workers=4, optimization={"global_batch": 4})
+    assert alone.memory.gradients == plan.trained * (2 + 4 / 4)
     assert plan.parameters - plan.trained == pytest.approx(6.74e9, rel=0.01)
     assert plan.trained == 32000 * 4096 + 65 * 4096 + 32 * 4 * 2 * 8 * 4096
     static = plan.memory.weights + plan.memory.optimizer
@@ -67,6 +72,12 @@ def test_zero_3_shares_the_weights_and_recomputes(counted: dict[str, object]) ->
     plan = make_plan(config_of(workers={"zero_stage": 3}), gpus.GPUS["h200"], 4, counted)
     assert plan.memory.weights == 2 * plan.parameters / 4
     assert plan.policy == ActivationPolicy(0)
+
+
+def test_zero_3_says_no_context_that_it_then_refuses(counted: dict[str, object]) -> None:
+    plan = make_plan(config_of(workers={"zero_stage": 3}), gpus.GPUS["h100"], 4, counted)
+    longest = config_of(workers={"zero_stage": 3}, context={"length": plan.longest_context})
+    assert make_plan(longest, gpus.GPUS["h100"], 4, counted).fits
 
 
 def test_what_does_not_fit_says_so(plan_of) -> None:

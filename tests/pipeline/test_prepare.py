@@ -315,7 +315,9 @@ def test_a_window_is_packed_on_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
 def two_cpus() -> Iterator[None]:
     ray = pytest.importorskip("ray")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ray._private.ray_constants.ENABLE_RAY_CLUSTER", False)  # on loopback, as in pipeline/session.py
+        # As in pipeline/session.py: on loopback, and without a thread that outlives this Ray.
+        patch.setattr("ray._private.ray_constants.ENABLE_RAY_CLUSTER", False)
+        patch.setenv("RAY_DATA_USAGE_DISABLED", "1")
         ray.init(
             address="local",
             num_cpus=2,

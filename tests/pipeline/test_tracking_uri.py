@@ -51,6 +51,8 @@ def test_these_are_not_and_the_line_says_what_is(uri: str) -> None:
         "postgresql://me:hunter2@db/mlflow",
         "postgresql://db/mlflow?user=me&password=hunter2",
         "HTTP://me:hunter2@[::1",
+        "mysql+pymysql://db/mlflow?passwd=hunter2",
+        "mssql+pyodbc:///?odbc_connect=Driver%3DODBC%3BUID%3Dme%3BPWD%3Dhunter2",
     ],
 )
 def test_credentials_are_refused_and_not_repeated(uri: str) -> None:

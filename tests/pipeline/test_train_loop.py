@@ -49,6 +49,13 @@ def test_errors_that_would_repeat_are_named_in_one_line(error: Exception, words:
     assert "\n" not in final_reason(error)
 
 
-@pytest.mark.parametrize("error", [RuntimeError("connection closed by peer"), OSError(5, "Input/output error")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("connection closed by peer"),
+        OSError(5, "Input/output error"),
+        ValueError("Default process group has not been initialized, please make sure to call init_process_group."),
+    ],
+)
 def test_errors_that_may_pass_are_tried_again(error: Exception) -> None:
     assert final_reason(error) == ""
