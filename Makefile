@@ -9,7 +9,7 @@ SOURCES := longlora pipeline cluster tests examples $(wildcard benchmarks)
 .PHONY: help setup quickstart search-demo test check soak bench schema lock
 
 help:  ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(VENV)/.installed  ## Install the locked dependencies and this project into .venv (once)
 

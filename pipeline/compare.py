@@ -18,7 +18,9 @@ def add_arguments(parser: ArgumentParser) -> None:
         help="runs, and their children (default: all); section.key=value changes the config, e.g. run.storage=/folder",
     )
     parser.add_argument("--experiment", metavar="NAME", help="MLflow experiment (default: the config's)")
-    parser.add_argument("--filter", default="", help='in MLflow\'s language, e.g. "metrics.`eval/loss` < 3.5"')
+    parser.add_argument(
+        "--filter", default="", help="in MLflow's language, in single quotes for the shell: 'metrics.`eval/loss` < 3.5'"
+    )
     parser.add_argument(
         "--tag", action="append", default=[], metavar="KEY=VALUE", help="runs with this tag; repeatable"
     )

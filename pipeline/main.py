@@ -51,7 +51,9 @@ def parser() -> argparse.ArgumentParser:
     comparing = "runs that MLflow has, side by side: settings that differ, metrics, and a page of plots"
     add_arguments(commands.add_parser("compare", help=comparing, description=comparing))
     generate = commands.add_parser("generate", help="text from a base, adapter or exported model")
-    generate.add_argument("--model", required=True, help="Hugging Face folder or name, or a checkpoint folder of a run")
+    generate.add_argument(
+        "--model", required=True, help="Hugging Face folder or name, a run's folder, or a checkpoint folder of a run"
+    )
     generate.add_argument("--prompt", required=True, help="the text to continue, or @FILE")
     generate.add_argument("--max-new-tokens", type=int, default=200)
     generate.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token")

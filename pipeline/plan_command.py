@@ -11,7 +11,7 @@ SUFFIX = 1024  # of 8k, 100k
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--gpu", default="h100", help="h200, h100, a100-80g, a100-40g, l40s, a10g, rtx-4090")
+    parser.add_argument("--gpu", default="h100", help="h200, h100 (default), a100-80g, a100-40g, l40s, a10g, rtx-4090")
     parser.add_argument("--workers", type=int, metavar="N", help="GPUs (default: workers.max)")
     parser.add_argument("--price", type=float, metavar="X", help="of a GPU-hour on demand")
     parser.add_argument("--spot-price", type=float, metavar="X", help="of a GPU-hour that may be taken away")
@@ -63,7 +63,10 @@ def _sweep(key: str, values: list[Any], options: argparse.Namespace) -> int:
     from pipeline.plan_report import draw_sweep, plan_json, sweep_table
 
     counted: dict[str, Any] = {}
-    configs = [load_config(options.config, [*options.overrides, f"{key}={value}"]) for value in values]
+    unasked = (
+        "evaluation.lengths=[]"  # a recipe's are too long for the short contexts of a sweep, and a plan needs none
+    )
+    configs = [load_config(options.config, [*options.overrides, unasked, f"{key}={value}"]) for value in values]
     shown = track(configs, "planning", transient=True, disable=options.json)
     plans = list(zip(values, [_made(config, options, counted) for config in shown], strict=True))
     prices, preemptions = _prices(options), _preemptions(options)

@@ -217,7 +217,8 @@ class Evaluation(Section):
 
 class Tracking(Section):
     uri: str | None = None
-    """MLflow tracking server; null keeps runs in `<run.storage>/mlflow.db`. Credentials come from the environment."""
+    """MLflow tracking server; null keeps runs in `mlflow.db` in `run.storage`, or, where that is an object store, in
+    ~/longlora of the driver's machine. Credentials come from the environment."""
     experiment: str = "longlora"
     """MLflow experiment."""
     tags: dict[str, str] = {}

@@ -147,7 +147,7 @@ def test_the_command_prints_json(capsys: pytest.CaptureFixture, tmp_path: Path) 
 
 def test_a_sweep_draws_its_curve(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
     picture = tmp_path / "curve.png"
-    arguments = ["plan", "--sweep", "context.length=2k,4k", "--plot", str(picture), "evaluation.lengths=[512]"]
+    arguments = ["plan", "--sweep", "context.length=2k,4k", "--plot", str(picture), "evaluation.lengths=[512,4096]"]
     assert main.main(arguments) == 0
     out = capsys.readouterr().out
     assert "2,048" in out and "4,096" in out
