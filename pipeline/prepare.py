@@ -10,7 +10,9 @@ import logging
 import os
 import sys
 import tempfile
+import time
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +26,9 @@ from pipeline.packs import FORMAT, Packs
 from pipeline.storage import remove_tree, storage_root, write_atomic, write_json
 from pipeline.tokens import Tokenizer
 from pipeline.unit_work import SKIPPED_SCHEMA, make_unit
+
+LEFT_AFTER_S = 3600.0
+"""A shard takes minutes: what has been in `scratch` for so long is nobody's."""
 
 
 @dataclass(frozen=True)
@@ -155,9 +160,19 @@ def _commit(folder: UPath, content: dict[str, Any], summaries: list[dict[str, An
     write_json(
         folder / "manifest.json", {**content, "sequences": first, **totals, "documents": counts, "shards": shards}
     )
-    if (folder / "scratch").exists():
-        remove_tree(folder / "scratch")
+    _clear(folder / "scratch")
     print(f"{key}: {first} sequences, {totals['tokens']:,} tokens, documents {counts}", flush=True)
+
+
+def _clear(scratch: UPath) -> None:
+    """Deletes what killed tasks have left; what is fresh may be that of another driver that makes the same packs."""
+    if not scratch.exists():
+        return
+    for left in scratch.iterdir():
+        if left.stat().st_mtime < time.time() - LEFT_AFTER_S:
+            remove_tree(left)
+    with suppress(OSError):  # not empty
+        scratch.rmdir()
 
 
 def _write_skipped(folder: UPath) -> None:

@@ -1,6 +1,7 @@
 """Documents to committed packs, without Ray where its part does not matter, and through Ray Data where it does."""
 
 import json
+import os
 import shutil
 import weakref
 from collections import Counter
@@ -213,12 +214,21 @@ def test_what_was_interrupted_is_resumed(
     shard = folder / f"shards/{cut:05d}.parquet"
     shard.write_bytes(shard.read_bytes()[:-10])
     (folder / "scratch" / "left-behind").mkdir()
+    os.utime(folder / "scratch" / "left-behind", (0, 0))
 
     made.clear()
     assert Path(prepare(again).train) == folder
     assert set(made) == set(range(len(manifest(UPath(folder))["shards"]))) - (committed - {cut})
     assert files_of(UPath(folder)) == whole
     assert not (folder / "scratch").exists()
+
+
+def test_another_driver_that_makes_the_same_packs_keeps_its_scratch(config: Config, made: list[int]) -> None:
+    wanted, *_ = wanted_packs(config)
+    theirs = Path(wanted.folder) / "scratch" / "of-another"
+    theirs.mkdir(parents=True)
+    prepare(config)
+    assert theirs.is_dir()
 
 
 def test_a_shard_that_was_cut_off_later_is_made_again(config: Config, made: list[int]) -> None:
