@@ -163,6 +163,7 @@ def test_stopped_and_submitted_again(head: Head, checkout: Path, make_run: Calla
     assert start.details["checkpoint"] == f"step-{saved.step}"
     said = head.ray("job", "logs", "second")
     assert f"step {STEPS}/{STEPS}" in said and "MLflow at" not in said, said
+    assert "extended at 128 tokens: perplexity" in said, "what a task on another node prints"
     assert (made.folder / "export" / "model.safetensors").exists()
     result = audit_run(load_config(made.config), made.folder)
     assert result.whole and result.redone == 0 and result.committed == STEPS
