@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[3]
 DEFINITIONS = ROOT.parent / "shared" / "data" / "kuberay"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 LOCK = (ROOT / "requirements.lock").read_text(encoding="utf-8")
-PARTS = {"services", "cluster", "train", "search", "evaluate"}
+PARTS = {"services", "cluster", "train", "search", "evaluate", "export"}
 KUBERNETES_VERSION = "1.29"  # the oldest with sidecar containers
 
 Object = dict[str, Any]
@@ -138,7 +138,7 @@ def test_command_lines_are_ours(rendered: Any) -> None:
 
 def test_evaluation_is_of_what_was_trained(rendered: Any) -> None:
     jobs = {job["metadata"]["name"]: config_of(job, rendered.settings()) for job in rendered.of_kind("RayJob")}
-    assert jobs["train"] == jobs["evaluate"] and jobs["train"].run.name != jobs["search"].run.name
+    assert jobs["train"] == jobs["evaluate"] == jobs["export"] and jobs["train"].run.name != jobs["search"].run.name
 
 
 def test_jobs_bring_the_cluster_that_there_is_one_description_of(rendered: Any) -> None:
