@@ -62,7 +62,7 @@ def definitions() -> dict[str, Any]:
 
 def test_ray_objects_match_their_definitions(rendered: Any, definitions: Any) -> None:
     objects = [one for one in rendered.objects if one["kind"] in definitions]
-    assert len(objects) == 4
+    assert len(objects) == 5
     for one in objects:
         definitions[one["kind"]].validate(one)
 
@@ -209,7 +209,7 @@ def test_a_deleted_pod_has_time_to_drain(rendered: Any) -> None:
 
 def test_spot_nodes_are_watched(base: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     spot = [pod for pod in base.pods() if pod.spec.get("nodeSelector", {}).get("longlora/capacity") == "spot"]
-    assert len(spot) == 4  # the cluster's and each job's
+    assert len(spot) == 5  # the cluster's and each job's
     for pod in spot:
         (watcher,) = pod.spec["initContainers"]
         assert watcher["restartPolicy"] == "Always", "otherwise Ray waits for it to end"
