@@ -24,7 +24,7 @@ def machine(device: str, **facts: Any) -> dict[str, Any]:
     versions = {"torch": torch.__version__}
     if device == "cuda":
         versions |= {
-            name: version(name) for name in ("transformers", "peft", "liger-kernel", "flash-attn") if there(name)
+            name: version(name) for name in ("transformers", "peft", "liger-kernel", "flash-attn") if is_installed(name)
         }
         versions["cudnn"] = str(torch.backends.cudnn.version())
     return {
@@ -38,7 +38,7 @@ def machine(device: str, **facts: Any) -> dict[str, Any]:
     }
 
 
-def there(package: str) -> bool:
+def is_installed(package: str) -> bool:
     try:
         version(package)
     except PackageNotFoundError:

@@ -203,14 +203,14 @@ class _Subject:
         return Memory(
             weights=self.numel() * itemsize / shards,
             optimizer=12 * trained / self.workers,
-            gradients=trained * (itemsize + self._gradient_sums()),
+            gradients=trained * (itemsize + self._gradient_sums(itemsize)),
             activations=0.0 if policy is None else self._needed(policy, self._row(micro_batch).tokens),
         )
 
-    def _gradient_sums(self) -> float:
-        """Bytes a parameter: of several micro-batches whole, and in the end of DeepSpeed's share of each worker."""
+    def _gradient_sums(self, itemsize: int) -> float:
+        """Bytes a parameter: of several micro-batches in bf16 whole (`gradient_sums.py`), else DeepSpeed's shares."""
         several = self.config.optimization.global_batch > self.workers * self.config.optimization.micro_batch
-        return 4 if several else 4 / self.workers
+        return 4 if several and itemsize < 4 else 4 / self.workers
 
     def step_seconds(self, policy: ActivationPolicy) -> float:
         """Of the worker with most rows; without communication."""

@@ -63,9 +63,7 @@ def _sweep(key: str, values: list[Any], options: argparse.Namespace) -> int:
     from pipeline.plan_report import draw_sweep, plan_json, sweep_table
 
     counted: dict[str, Any] = {}
-    unasked = (
-        "evaluation.lengths=[]"  # a recipe's are too long for the short contexts of a sweep, and a plan needs none
-    )
+    unasked = "evaluation.lengths=[]"  # a plan needs none, and a recipe's are too long for a sweep's short contexts
     configs = [load_config(options.config, [*options.overrides, unasked, f"{key}={value}"]) for value in values]
     shown = track(configs, "planning", transient=True, disable=options.json)
     plans = list(zip(values, [_made(config, options, counted) for config in shown], strict=True))

@@ -150,7 +150,9 @@ def run_where_the_gpus_are(config: Config, work: Callable[..., T], *arguments: A
         try:
             result, printed = ray.get(task.remote())
         except RayTaskError as error:
-            raise error.cause from None
+            if isinstance(error.cause, ConfigError):
+                raise error.cause from None  # a mistake in one line; anything else keeps its traceback
+            raise
     print(printed, end="", flush=True)
     return result
 

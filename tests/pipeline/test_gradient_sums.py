@@ -20,6 +20,19 @@ def test_the_sum_is_that_of_fp32_rounded_once(micro_batches: int) -> None:
     assert torch.equal(weight.grad, rows.float().sum(0).bfloat16())
 
 
+@pytest.mark.parametrize(("micro_batches", "least", "most"), [(8, 0.003, 0.005), (64, 0.007, 0.012)])
+def test_what_autograd_would_lose(micro_batches: int, least: float, most: float) -> None:
+    """The error that the sums are for, over the norm of the gradient: 0.4 % of 8 micro-batches, 1 % of 64."""
+    torch.manual_seed(0)
+    weight = nn.Parameter(torch.zeros(256, 256, dtype=torch.bfloat16))
+    rows = torch.randn(micro_batches, 256, 256, dtype=torch.bfloat16)
+    for row in rows:
+        (weight * row).sum().backward()
+    assert weight.grad is not None
+    exact = rows.float().sum(0)
+    assert least < float((weight.grad.float() - exact).norm() / exact.norm()) < most
+
+
 def test_a_parameter_that_the_last_micro_batch_does_not_touch_keeps_its_sum() -> None:
     one, other = (nn.Parameter(torch.zeros(2, dtype=torch.bfloat16)) for _ in range(2))
     sums = GradientSums([one, other], 2)
